@@ -1,0 +1,1 @@
+"""From an exported file to figures: latency, accuracy, budgets, the report."""

@@ -1,0 +1,157 @@
+"""The contract of a pass, and what a pass may use.
+
+A pass is its configuration (frozen fields) plus up to three methods. The order of events is `__call__`, which is final:
+plan, rewrite, fit, verify. Measuring and rolling back belong to the pipeline.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, final
+
+import torch
+from pydantic import BaseModel, ConfigDict, JsonValue
+from torch import nn
+
+from slim import environment
+from slim.artifact import Artifact, Step
+from slim.measurement import Measurement
+
+if TYPE_CHECKING:
+    from slim.data import Data
+    from slim.training import Objective, Schedule
+
+Plan = dict[str, JsonValue]
+Role = Literal["structure", "prepare", "repair"]
+Advance = Callable[..., None]
+
+
+class Meter(Protocol):
+    """Latency and accuracy of a network on the target; implemented by slim.bench, handed in by whoever runs the chain.
+
+    Every method exports the network first and measures the exported file.
+    """
+
+    target: str
+    """The target, in the words of `--target`."""
+
+    def latency(self, model: Artifact | nn.Module) -> Measurement:
+        """p50 in ms of one call at the target's batch size."""
+
+    def compare(self, candidate: Artifact | nn.Module, reference: Artifact | nn.Module) -> Measurement:
+        """Ratio of latencies candidate / reference, paired in one run; below 1 is faster."""
+
+    def accuracy(self, model: Artifact | nn.Module) -> Measurement:
+        """Top-1 in percent on the validation split; `samples` holds 1.0 or 0.0 for every image, in split order."""
+
+    def parity(self, model: Artifact | nn.Module) -> Measurement:
+        """Largest absolute difference between torch and the exported file on real images.
+
+        Raises:
+            ParityError: the difference, or the top-1 agreement, is outside the tolerance.
+        """
+
+
+@dataclass(frozen=True)
+class Context:
+    """What a pass may use. Nothing else is read: no global generator, no clock, no environment variable."""
+
+    data: Data | None = None
+    """Splits `train`, `val`, `calib`, `unlabeled`; none when the run has no data."""
+    meter: Meter | None = None
+    """Latency and accuracy on the target; none when the run has no target."""
+    reference: Artifact | None = None
+    """The artifact before the current stage."""
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    seed: int = 0
+    log: logging.Logger = field(default_factory=lambda: logging.getLogger("slim"))
+    progress: Callable[[str, int], AbstractContextManager[Advance]] | None = None
+    """`with progress("finetune", steps) as advance: advance(1, "loss 0.31")`; none when output is quiet."""
+    train: Callable[[nn.Module, Objective, Schedule], dict[str, JsonValue]] | None = None
+    """The one training loop (slim/training.py) with this run's data, device, seed and checkpoints bound to it."""
+    history: tuple[Step, ...] = ()
+    """Steps already applied to the network. Read only."""
+    guard: bool = True
+    """False when the run keeps every step whatever it cost; written into the history."""
+
+
+class Pass(BaseModel):
+    """A compression or training step: frozen configuration, and what it does to a network."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    name: ClassVar[str]
+    """The word on the command line and in recipes."""
+    version: ClassVar[int] = 1
+    """Raised when the plan's format or the meaning of a field changes; see `migrate`."""
+    role: ClassVar[Role]
+    """`structure` is judged on speed, `prepare` belongs to the structure that follows, `repair` to the one before."""
+    needs: ClassVar[frozenset[str]] = frozenset()
+    """Traits the network must have: `dense`, `float`, `supernet`."""
+    gives: ClassVar[frozenset[str]] = frozenset()
+    """Traits the network has afterwards."""
+    drops: ClassVar[frozenset[str]] = frozenset()
+    """Traits the network no longer has afterwards."""
+    reads: ClassVar[frozenset[str]] = frozenset()
+    """Data splits without which the pass cannot work: `train`, `calib`, `unlabeled`."""
+    shrinks: ClassVar[frozenset[str]] = frozenset()
+    """Costs the pass claims not to grow: `params`, `macs`."""
+
+    def plan(self, model: nn.Module, context: Context) -> Plan:
+        """Look and decide. Plain JSON; changes nothing."""
+        return {}
+
+    def rewrite(self, model: nn.Module, plan: Plan) -> nn.Module:
+        """Change structure only: pure, deterministic, no data, no randomness. Values may be left unset."""
+        return model
+
+    def fit(self, model: nn.Module, teacher: nn.Module, context: Context) -> dict[str, JsonValue] | None:
+        """Change values only. `teacher` is the untouched input model. Returns figures worth recording, if any."""
+        return None
+
+    @classmethod
+    def migrate(cls, version: int, config: dict[str, Any], plan: Plan) -> tuple[dict[str, Any], Plan] | None:
+        """Config and plan of an older `version` in today's form; none when there is no way."""
+        return None
+
+    @final
+    def __call__(self, artifact: Artifact, context: Context | None = None) -> Artifact:
+        """plan -> rewrite -> fit -> verify. Raises VerifyError when the pass broke the contract."""
+        from slim import verify
+
+        context = context or Context()
+        context = copy.copy(context) if context.history == artifact.history else replace(context, artifact)
+        before = artifact.digest
+        teacher = artifact.model()
+        plan = verify.plain_json(self, self.plan(teacher, context))
+        model = self.rewrite(artifact.model(), plan)
+        structure = verify.signature(model)
+        figures = self.fit(model, teacher, context) or {}
+        step = Step(
+            name=self.name,
+            version=self.version,
+            config=self.model_dump(mode="json"),
+            plan=plan,
+            seed=context.seed,
+            data_id=context.data.id if context.data else None,
+            metrics=figures,
+            environment={"versions": dict(environment.versions())},
+            guard=context.guard,
+        )
+        return verify.after_pass(self, artifact, before, model, structure, step)
+
+
+def replace(context: Context, artifact: Artifact) -> Context:
+    """The context as a pass on `artifact` sees it."""
+    import dataclasses
+
+    return dataclasses.replace(context, history=artifact.history)
+
+
+def names(traits: Sequence[str] | frozenset[str] | Mapping[str, object]) -> str:
+    """Traits as words of an error text: `dense, float`."""
+    return ", ".join(sorted(traits))
