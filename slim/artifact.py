@@ -10,6 +10,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -156,23 +157,17 @@ class Artifact:
         """A copy of the values, loadable into `model()`."""
         return {key: value.clone() for key, value in self.state.items()}
 
-    @property
+    @cached_property
+    def weights(self) -> str:
+        """sha256 of the values, computed once: `verify` compares it with the values as they are later."""
+        return state_digest(self.state)
+
+    @cached_property
     def digest(self) -> str:
         """sha256 over the structure (backbone, plans) and the values; what a later step names as its input."""
         structure = [self.backbone.model_dump(mode="json"), [[s.name, s.version, s.plan] for s in self.history]]
         head = json.dumps(structure, sort_keys=True).encode()
-        return hashlib.sha256(head + state_digest(self.state).encode()).hexdigest()
-
-    @property
-    def traits(self) -> frozenset[str]:
-        """What the network is, after every step of its history: `dense`, `float`, `supernet`."""
-        from slim.passes import resolve
-
-        traits = FRESH
-        for step in self.history:
-            pass_class = resolve(step.name)
-            traits = (traits - pass_class.drops) | pass_class.gives
-        return traits
+        return hashlib.sha256(head + self.weights.encode()).hexdigest()
 
 
 def state_digest(state: Mapping[str, Tensor]) -> str:

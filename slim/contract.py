@@ -6,11 +6,11 @@ plan, rewrite, fit, verify. Measuring and rolling back belong to the pipeline.
 
 from __future__ import annotations
 
-import copy
 import logging
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, final
 
 import torch
@@ -18,16 +18,35 @@ from pydantic import BaseModel, ConfigDict, JsonValue
 from torch import nn
 
 from slim import environment
-from slim.artifact import Artifact, Step
+from slim.artifact import Artifact, Backbone, Step
+from slim.distributed import on_main
 from slim.measurement import Measurement
 
 if TYPE_CHECKING:
     from slim.data import Data
-    from slim.training import Objective, Schedule
+    from slim.training import Objective, Training
 
 Plan = dict[str, JsonValue]
 Role = Literal["structure", "prepare", "repair"]
 Advance = Callable[..., None]
+"""`advance(steps, note)`: so many steps are done; `note` says how it stands."""
+Progress = Callable[[str, int], AbstractContextManager[Advance]]
+
+
+@contextmanager
+def no_progress(title: str, total: int) -> Iterator[Advance]:
+    """Shows nothing."""
+    yield lambda steps, note="": None
+
+
+@dataclass(frozen=True)
+class Loading:
+    """How training data is read."""
+
+    batch_size: int = 64
+    """Images of one optimiser step, over all processes."""
+    workers: int = 0
+    """Reader processes of each training process."""
 
 
 class Meter(Protocol):
@@ -47,6 +66,12 @@ class Meter(Protocol):
 
     def accuracy(self, model: Artifact | nn.Module) -> Measurement:
         """Top-1 in percent on the validation split; `samples` holds 1.0 or 0.0 for every image, in split order."""
+
+    def drop(self, candidate: Artifact | nn.Module, reference: Artifact | nn.Module) -> Measurement:
+        """Top-1 points lost, paired on the same images; above 0 is worse."""
+
+    def size(self, model: Artifact | nn.Module) -> Measurement:
+        """Bytes of the exported file."""
 
     def parity(self, model: Artifact | nn.Module) -> Measurement:
         """Largest absolute difference between torch and the exported file on real images.
@@ -69,14 +94,24 @@ class Context:
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     seed: int = 0
     log: logging.Logger = field(default_factory=lambda: logging.getLogger("slim"))
-    progress: Callable[[str, int], AbstractContextManager[Advance]] | None = None
-    """`with progress("finetune", steps) as advance: advance(1, "loss 0.31")`; none when output is quiet."""
-    train: Callable[[nn.Module, Objective, Schedule], dict[str, JsonValue]] | None = None
-    """The one training loop (slim/training.py) with this run's data, device, seed and checkpoints bound to it."""
+    progress: Progress = no_progress
+    """`with progress("finetune", steps) as advance: advance(1, "loss 0.31")`."""
+    backbone: Backbone | None = None
+    """The untouched network the pass works on: its input and its classes. Set by `Pass.__call__`."""
+    loading: Loading = Loading()
+    """How training data is read."""
+    checkpoint: Path | None = None
+    """Where training keeps what it needs to go on after a kill; none: nothing is kept."""
     history: tuple[Step, ...] = ()
     """Steps already applied to the network. Read only."""
     guard: bool = True
     """False when the run keeps every step whatever it cost; written into the history."""
+
+    def train(self, model: nn.Module, objective: Objective, training: Training) -> dict[str, JsonValue]:
+        """The one training loop on this run's data, device, seed and checkpoint; see slim/training.py."""
+        from slim.training import train
+
+        return train(model, objective, training, self)
 
 
 class Pass(BaseModel):
@@ -98,6 +133,8 @@ class Pass(BaseModel):
     """Traits the network no longer has afterwards."""
     reads: ClassVar[frozenset[str]] = frozenset()
     """Data splits without which the pass cannot work: `train`, `calib`, `unlabeled`."""
+    trains: ClassVar[bool] = False
+    """Whether `fit` trains the values with labels, which a freshly seeded head needs."""
     shrinks: ClassVar[frozenset[str]] = frozenset()
     """Costs the pass claims not to grow: `params`, `macs`."""
 
@@ -120,14 +157,18 @@ class Pass(BaseModel):
 
     @final
     def __call__(self, artifact: Artifact, context: Context | None = None) -> Artifact:
-        """plan -> rewrite -> fit -> verify. Raises VerifyError when the pass broke the contract."""
+        """plan -> rewrite -> fit -> verify.
+
+        Raises:
+            PassError: the pass could not do its work.
+            VerifyError: the pass broke the contract.
+        """
         from slim import verify
 
-        context = context or Context()
-        context = copy.copy(context) if context.history == artifact.history else replace(context, artifact)
-        before = artifact.digest
+        context = replace(context or Context(), history=artifact.history, backbone=artifact.backbone)
+        before = artifact.weights  # taken now, so that a pass that changes its input is found out afterwards
         teacher = artifact.model()
-        plan = verify.plain_json(self, self.plan(teacher, context))
+        plan = on_main(lambda: verify.plain_json(self, self.plan(teacher, context)))
         model = self.rewrite(artifact.model(), plan)
         structure = verify.signature(model)
         figures = self.fit(model, teacher, context) or {}
@@ -138,20 +179,9 @@ class Pass(BaseModel):
             plan=plan,
             seed=context.seed,
             data_id=context.data.id if context.data else None,
+            digests={"input_weights": before},
             metrics=figures,
             environment={"versions": dict(environment.versions())},
             guard=context.guard,
         )
-        return verify.after_pass(self, artifact, before, model, structure, step)
-
-
-def replace(context: Context, artifact: Artifact) -> Context:
-    """The context as a pass on `artifact` sees it."""
-    import dataclasses
-
-    return dataclasses.replace(context, history=artifact.history)
-
-
-def names(traits: Sequence[str] | frozenset[str] | Mapping[str, object]) -> str:
-    """Traits as words of an error text: `dense, float`."""
-    return ", ".join(sorted(traits))
+        return verify.after_pass(self, artifact, model, structure, step)

@@ -1,0 +1,200 @@
+"""The report of a run: report.json for programs, one report.html for people, one table for the terminal.
+
+All three are made from `Report` alone, so what a person reads is what a program reads. The page needs no network and
+runs no script. Its charts are inline SVG drawn by the template with the page's own colours, so that they follow dark
+mode; this file only says where things go. A figure that is not there is reported as not measured, never as zero.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from importlib import resources
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, JsonValue, ValidationError
+
+from slim.errors import StoreError
+from slim.measurement import Measurement
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+FORMAT = "slim-report/1"
+NOT_MEASURED = "not measured"
+ROWS_SHOWN = 500
+"""Entries of one plan the page lists; a longer plan is cut with a note, report.json has it whole."""
+
+
+def _finite(figure: Measurement) -> Measurement:
+    ends = (figure.value, *(end for end in (figure.low, figure.high) if end is not None))
+    if not all(math.isfinite(end) for end in ends):
+        raise ValueError(f"{figure.metric} is {figure.value}, not a finite number; leave out what was not measured")
+    return figure
+
+
+Figures = Mapping[str, Annotated[Measurement, AfterValidator(_finite)]]
+"""Metric name -> Measurement; what was not measured is not there."""
+
+
+class Guard(BaseModel):
+    """What decided whether a stage was kept."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    max_drop: float
+    """Top-1 points a stage may cost."""
+    min_gain: float
+    """Percent of latency a stage must give."""
+    on: bool
+    """False when every stage was kept whatever it cost."""
+
+
+class DataUsed(BaseModel):
+    """The dataset of the run."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    source: str
+    """The words of `--data`."""
+    id: str
+    """Fingerprint: how it was made, then the digest."""
+    train: int | None = None
+    """Training images."""
+    val: int | None = None
+    """Validation images."""
+
+
+class StepReport(BaseModel):
+    """One pass of the chain, and what became of it."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    position: int
+    """Place in the chain, from 1."""
+    name: str
+    """Pass name."""
+    role: Literal["structure", "prepare", "repair"]
+    """See slim/contract.py."""
+    stage: int
+    """Stage it belongs to; a stage is kept or rolled back as a whole."""
+    config: dict[str, JsonValue] = {}
+    """Every field of the pass."""
+    outcome: Literal["kept", "rolled back", "not run"]
+    """The guard's verdict."""
+    reason: str = ""
+    """Why, in one line."""
+    seconds: dict[str, float] = {}
+    """Time by what it was spent on: `pass`, `verify`, `measure`."""
+    plan: dict[str, JsonValue] = {}
+    """What the pass decided."""
+    figures: Figures = {}
+    """Right after the step, even if it was rolled back; ratio and drop are against the stage before."""
+
+
+class Report(BaseModel):
+    """Everything a run has to say."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    format: Literal["slim-report/1"] = FORMAT
+    """Format of this file."""
+    model: str
+    """Name of the backbone."""
+    target: str | None = None
+    """The words of `--target`, none when nothing was timed."""
+    data: DataUsed | None = None
+    """The dataset, none when the run had none."""
+    seed: int = 0
+    """Seed of the run."""
+    guard: Guard
+    """The guard's settings."""
+    notices: tuple[str, ...] = ()
+    """What the reader must know before the figures, one line each."""
+    environment: dict[str, Any] = {}
+    """slim.environment.describe()."""
+    dense: Figures = {}
+    """The untouched network."""
+    steps: tuple[StepReport, ...] = ()
+    """The chain in order."""
+    final: Figures = {}
+    """The file that ships; ratio, drop and agreement are against the untouched network."""
+    file: str | None = None
+    """Path of the exported file inside the run directory."""
+
+
+def load(path: str | Path) -> Report:
+    """Report from report.json, or from the run directory it lies in.
+
+    Raises:
+        StoreError: no such file, or not a report of this format.
+    """
+    path = Path(path)
+    path = path / "report.json" if path.is_dir() else path
+    try:
+        return Report.model_validate_json(path.read_bytes())
+    except OSError as error:
+        raise StoreError(f"{path}: cannot be read: {error.strerror}; `slim run` writes it") from error
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(str(part) for part in first["loc"]) or "the file"
+        raise StoreError(f"{path}: {place}: {first['msg']}; not a whole {FORMAT} file, run `slim run` again") from error
+
+
+def write(report: Report, folder: Path) -> None:
+    """report.json and report.html in `folder`, each written beside its place and renamed.
+
+    Raises:
+        StoreError: the disk is full or the folder not writable; the files that were there are whole.
+    """
+    from slim.store import write_text
+
+    page = to_html(report)  # before anything is written: a report that cannot be drawn leaves no half pair
+    write_text(folder / "report.json", report.model_dump_json(indent=1) + "\n")
+    write_text(folder / "report.html", page)
+
+
+def to_html(report: Report) -> str:
+    """The page: one file, no network, no script; every text that came from a file is escaped."""
+    from jinja2 import Environment, StrictUndefined
+
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment.filters |= {"number": number, "interval": interval, "as_table": as_table, "as_text": as_text}
+    source = resources.files("slim.bench").joinpath("report.html.jinja").read_text(encoding="utf-8")
+    return environment.from_string(source).render(
+        report=report,
+        headline=headline(report),
+        rows=rows(report),
+        tiles=_tiles(report),
+        scatter=scatter(report),
+        waterfall=waterfall(report),
+        method=list(_method(report)),
+        rows_shown=ROWS_SHOWN,
+    )
+
+
+def to_console(report: Report) -> RenderableType:
+    """The headline, the notices and the step table, for `rich.console.Console.print`; fits 120 columns."""
+    from rich.console import Group
+    from rich.table import Table
+    from rich.text import Text
+
+    def cell(text: str, style: str = "") -> Text:
+        # Text, not markup, and printable: a pass option read from a file must not be able to drive the terminal.
+        return Text("\n".join("".join(c if c.isprintable() else "?" for c in line) for line in text.split("\n")), style)
+
+    table = Table(header_style="bold", pad_edge=False)
+    table.add_column("step", no_wrap=True)
+    for heading in ("params", "MACs", "size", "latency", "top-1"):
+        table.add_column(heading, justify="right")
+    table.add_column("verdict and why", ratio=1)
+    styles = {"kept": "green", "rolled back": "yellow", "final": "bold"}
+    for row in rows(report):
+        figures = (row.figures.get(metric) for metric in COLUMNS)
+        missing = "-" if row.kind == "not run" else NOT_MEASURED
+        cells = (cell("\n".join(filter(None, (number(f), interval(f)))) if f else missing) for f in figures)
+        verdict = ": ".join(filter(None, (row.verdict, row.reason)))
+        table.add_row(cell(row.label), *cells, cell(verdict), style=styles.get(row.kind, "dim"))
+    notices = (cell(f"notice: {notice}", "yellow") for notice in report.notices)
+    return Group(cell(headline(report), "bold"), *notices, table)

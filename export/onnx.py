@@ -1,0 +1,231 @@
+"""A network as one ONNX file: traced with a free batch, optimised, checked, stripped of the building machine.
+
+The file is the same to the last byte each time the same network is exported.
+"""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import hashlib
+import io
+import logging
+import warnings
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import onnx
+import torch
+from torch import nn
+
+from slim.artifact import Preprocessing
+from slim.errors import SlimError, UsageError
+from slim.store import write_bytes
+
+OPSET = 20
+"""Newest opset whose attention still builds everywhere: from 23 on it is one op that TensorRT refuses in fp32."""
+
+MAX_BYTES = 1_900_000_000
+"""A protobuf message ends at 2 GiB; beyond it the values would need a second file, which gets lost on the way."""
+
+TRACED_BATCH = 2
+"""Never 1: a dimension of 1 is taken for a constant."""
+
+NOISY = ("torch", "onnxscript", "onnx_ir")
+"""Loggers that tell of the exporter's inner life."""
+
+SCOPES_KEY = "pkg.torch.onnx.name_scopes"
+RULES_KEY = "pkg.onnxscript.rewriter.rule_name"
+
+
+@dataclass(frozen=True)
+class Port:
+    """An input or output of the graph."""
+
+    name: str
+    dtype: str
+    """numpy's name: `float32`."""
+    shape: tuple[int | str, ...]
+    """A free dimension is a word: `("batch", 3, 224, 224)`."""
+
+
+@dataclass(frozen=True)
+class OnnxFile:
+    """An exported file and what was read back from it."""
+
+    path: Path
+    sha256: str
+    size_bytes: int
+    opset: int
+    ir_version: int
+    inputs: tuple[Port, ...]
+    outputs: tuple[Port, ...]
+    batch_range: tuple[int, int]
+    """Smallest and largest batch the network was traced for."""
+    nodes: int
+    scopes: dict[str, str]
+    """Node name -> name of the torch module it came from, as in `named_modules`; empty for the network itself."""
+
+
+def export_onnx(
+    model: nn.Module, path: Path, preprocessing: Preprocessing, *, batch_range: tuple[int, int] = (1, 64)
+) -> OnnxFile:
+    """Write `model` to `path`: input `image` (batch, C, H, W) float32, output `logits` (batch, classes).
+
+    `model` takes the size of `preprocessing` and returns one tensor; it is left as it was. An existing file is replaced
+    only when the new one is whole.
+
+    Raises:
+        SlimError: the network cannot be traced, fixes its batch, is too large for one file, or got another opset.
+        StoreError: the file cannot be written.
+        UsageError: `batch_range` does not hold the traced batch.
+    """
+    name = type(model).__name__
+    low, high = batch_range
+    if not 1 <= low <= TRACED_BATCH < high:
+        raise UsageError(f"export: batch range {low}..{high} must start at 1 or {TRACED_BATCH} and end above it")
+    size_bytes = sum(value.numel() * value.element_size() for value in model.state_dict().values())
+    if size_bytes > MAX_BYTES:
+        raise SlimError(
+            f"export: {name} holds {size_bytes / 1e9:.3g} GB of values, one ONNX file holds at most "
+            f"{MAX_BYTES / 1e9:.3g} GB; compress the network first or take a smaller backbone"
+        )
+    try:
+        with in_eval(model), _quiet():
+            proto = _trace(model, preprocessing.size, batch_range)
+            scopes = {node.name: _scope(node) for node in proto.graph.node}
+            _strip(proto)
+            onnx.checker.check_model(proto, full_check=True)
+    except Exception as error:  # the exporter raises what any operator in the network raises
+        raise SlimError(
+            f"export: {name} cannot be written as ONNX: {_reason(error)}; torch.export must be able to trace `forward`"
+        ) from error
+    inputs, outputs = _ports(proto.graph.input), _ports(proto.graph.output)
+    _check(name, proto, inputs, outputs)
+    data = proto.SerializeToString(deterministic=True)
+    write_bytes(path, data)
+    return OnnxFile(
+        path=path,
+        sha256=hashlib.sha256(data).hexdigest(),
+        size_bytes=len(data),
+        opset=_opset(proto),
+        ir_version=proto.ir_version,
+        inputs=inputs,
+        outputs=outputs,
+        batch_range=batch_range,
+        nodes=len(proto.graph.node),
+        scopes=scopes,
+    )
+
+
+@contextlib.contextmanager
+def in_eval(model: nn.Module) -> Iterator[None]:
+    """`model` in eval mode and without gradients; every module's own training flag is put back afterwards."""
+    flags = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module, training in flags:
+            module.training = training
+
+
+def _trace(model: nn.Module, size: tuple[int, int, int], batch_range: tuple[int, int]) -> onnx.ModelProto:
+    device = next((value.device for value in model.parameters()), torch.device("cpu"))
+    batch = torch.export.Dim("batch", min=batch_range[0], max=batch_range[1])
+    # Without a file name the graph stays in memory, with its values: nothing is written before it was checked.
+    program = torch.onnx.export(
+        model,
+        (torch.zeros(TRACED_BATCH, *size, device=device),),
+        dynamo=True,
+        dynamic_shapes=({0: batch},),
+        opset_version=OPSET,
+        optimize=True,
+        input_names=["image"],
+        output_names=["logits"],
+        verbose=False,
+    )
+    assert program is not None  # only the old exporter returns nothing
+    proto: onnx.ModelProto = program.model_proto
+    return proto
+
+
+def _check(name: str, proto: onnx.ModelProto, inputs: tuple[Port, ...], outputs: tuple[Port, ...]) -> None:
+    if len(outputs) != 1 or len(outputs[0].shape) != 2:
+        found = ", ".join(str(port.shape) for port in outputs)
+        raise SlimError(f"export: {name} returns {found}; a backbone returns one tensor (batch, classes)")
+    fixed = [port for port in (*inputs, *outputs) if port.shape[0] != "batch"]
+    if fixed:
+        raise SlimError(
+            f"export: {name} fixes its batch: {fixed[0].name!r} came out as {fixed[0].shape}; "
+            "reshape with -1 for the batch, as in x.flatten(1)"
+        )
+    if (opset := _opset(proto)) != OPSET:
+        raise SlimError(
+            f"export: {name} came out with opset {opset}, asked was {OPSET}; this torch cannot write it, update torch"
+        )
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Nothing printed, logged or warned: what matters of it is the reason in the error."""
+    loggers = [logging.getLogger(name) for name in NOISY]
+    levels = [logger.level for logger in loggers]
+    try:
+        for logger in loggers:
+            logger.setLevel(logging.CRITICAL + 1)
+        with (
+            contextlib.redirect_stdout(io.StringIO()),
+            contextlib.redirect_stderr(io.StringIO()),
+            warnings.catch_warnings(),
+        ):
+            # torch.export warns about its own internals (deprecated pytree calls, attributes a network caches); where
+            # the user's filter makes errors of warnings, they would end an export that works.
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+def _reason(error: BaseException) -> str:
+    """Type and first line of the innermost cause; the exporter wraps it in pages of advice."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[0].rstrip('.;')[:300]}" if lines else type(error).__name__
+
+
+def _scope(node: onnx.NodeProto) -> str:
+    notes = {entry.key: entry.value for entry in node.metadata_props}
+    # A folded batch norm leaves its own name on the convolution; the weight still has the convolution's.
+    if "FuseBatchNorm" in notes.get(RULES_KEY, "") and len(node.input) > 1:
+        return str(node.input[1]).rpartition(".")[0]
+    *modules, _operation = ast.literal_eval(notes.get(SCOPES_KEY, "[]")) or [""]
+    return str(modules[-1]) if modules and not modules[-1].startswith("_empty_nn_module_stack") else ""
+
+
+def _strip(message: Any) -> None:
+    """Remove notes at every depth: stack traces with this machine's paths, the text of the traced program."""
+    for field, value in message.ListFields():
+        if field.name in ("metadata_props", "doc_string"):
+            message.ClearField(field.name)
+        elif field.message_type is not None:
+            for part in [value] if hasattr(value, "ListFields") else value:
+                _strip(part)
+
+
+def _opset(proto: onnx.ModelProto) -> int:
+    return next((int(entry.version) for entry in proto.opset_import if entry.domain == ""), 0)
+
+
+def _ports(values: Iterable[onnx.ValueInfoProto]) -> tuple[Port, ...]:
+    ports = []
+    for value in values:
+        tensor = value.type.tensor_type
+        shape = tuple(dim.dim_param or int(dim.dim_value) for dim in tensor.shape.dim)
+        ports.append(Port(value.name, str(onnx.helper.tensor_dtype_to_np_dtype(tensor.elem_type)), shape))
+    return tuple(ports)

@@ -1,0 +1,30 @@
+"""The table of passes. Files name a pass by its word here, never by a path to import."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+from slim.errors import RecipeError, did_you_mean
+
+if TYPE_CHECKING:
+    from slim.contract import Pass
+
+PASSES: dict[str, tuple[str, str, str]] = {
+    "finetune": ("slim.passes.finetune", "Finetune", "Train every value on labelled images."),
+    "low-rank": ("slim.passes.low_rank", "LowRank", "Factor Linear layers and 1x1 convolutions by truncated SVD."),
+}
+"""Word -> (module, class, one line of help). A literal, so that `slim --help` imports no pass."""
+
+
+def resolve(name: str) -> type[Pass]:
+    """The class of the pass called `name`.
+
+    Raises:
+        RecipeError: no such pass.
+    """
+    if name not in PASSES:
+        raise RecipeError(f"pass {name!r} is unknown{did_you_mean(name, PASSES)}")
+    module, class_name, _ = PASSES[name]
+    pass_class: type[Pass] = getattr(importlib.import_module(module), class_name)
+    return pass_class

@@ -1,0 +1,36 @@
+"""Fine-tuning: every value is trained on labelled images, with cross-entropy against the (mixed, smoothed) labels.
+
+Repairs what a structural pass broke, and trains a new head or a fresh network when it comes first.
+Does not freeze layers and uses no teacher: see `distill` for that.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch.nn.functional as F
+from pydantic import JsonValue
+from torch import Tensor, nn
+
+from slim.contract import Context, Pass, Role
+from slim.data import Augment
+from slim.training import Training
+
+
+class Finetune(Training, Augment, Pass):
+    """Train every value on the training split."""
+
+    name: ClassVar[str] = "finetune"
+    role: ClassVar[Role] = "repair"
+    needs: ClassVar[frozenset[str]] = frozenset({"float"})
+    reads: ClassVar[frozenset[str]] = frozenset({"train"})
+    trains: ClassVar[bool] = True
+
+    def fit(self, model: nn.Module, teacher: nn.Module, context: Context) -> dict[str, JsonValue]:
+        """Train all values in place."""
+        return context.train(model, label_loss, self)
+
+
+def label_loss(model: nn.Module, images: Tensor, target: Tensor) -> Tensor:
+    """Cross-entropy, mean over the batch, in fp32. images: (B, C, H, W); target: (B,) int64 or (B, classes) float."""
+    return F.cross_entropy(model(images).float(), target)

@@ -1,0 +1,248 @@
+"""Pipeline: a checked list of passes, run in the user's order under a guard.
+
+Prepare + structure + repair is a stage; leading repairs are a stage of their own. Latency is judged right after the
+structural pass, before its repair is paid for; accuracy at the end of the stage, on the same images. A stage that does
+not pay is rolled back with its reason, and the chain goes on from the last good artifact.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from slim import costs, environment, store, verify
+from slim.artifact import FRESH, Artifact
+from slim.contract import Context, Pass
+from slim.distributed import is_main, on_main
+from slim.errors import DataError, OrderError
+from slim.measurement import Measurement
+from slim.runs import Figures, Record, Run, step_key
+
+Stage = list[tuple[int, Pass]]
+"""Positions in the chain, from 1, and their passes."""
+
+
+class Guard(BaseModel):
+    """What a stage must give and may cost."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    max_drop: float = Field(default=1.0, ge=0)
+    """Largest loss of top-1 in one stage, points, against the artifact before the stage."""
+    min_gain: float = Field(default=2.0, ge=0, lt=100)
+    """Least latency a structural pass must save, percent; below 2 lies the noise of a file against itself."""
+    on: bool = True
+    """False keeps every stage whatever it costs; written into the history."""
+
+    def refuses_latency(self, ratio: Measurement) -> str | None:
+        """Why the latency `ratio` (candidate / before) does not pay; none when it does."""
+        limit = 1 - self.min_gain / 100
+        assert ratio.low is not None and ratio.high is not None  # ratios are sampled
+        figures = f"{ratio.value:.3f}x, 95 % {ratio.low:.3f}..{ratio.high:.3f}; at most {limit:.3f}x pays"
+        if not ratio.details.get("control", {}).get("fit", True):
+            return f"latency inconclusive: the machine was too noisy to compare a file with itself ({figures})"
+        if ratio.low > limit:
+            return f"not faster: {figures}"
+        if ratio.high > limit:
+            return f"latency inconclusive: {figures}"
+        return None
+
+    def refuses_accuracy(self, drop: Measurement) -> str | None:
+        """Why losing `drop` points is too much; none when it is not. Judged on the figure, the interval is shown."""
+        if drop.value <= self.max_drop:
+            return None
+        return f"lost {drop.value:.2f} points (95 % {drop.low:.2f}..{drop.high:.2f}, n={drop.n}), allowed {self.max_drop:g}"
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a pipeline leaves."""
+
+    artifact: Artifact
+    """The last good artifact."""
+    dense: Artifact
+    """What the figures of the whole run are compared with: the artifact before the first structural stage."""
+    records: tuple[Record, ...]
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """A checked list of passes; itself callable."""
+
+    passes: tuple[Pass, ...]
+    guard: Guard = field(default_factory=Guard)
+
+    def check(self, artifact: Artifact, context: Context, *, fresh_head: bool = False) -> None:
+        """Whether this order can work on this network and data, found before any work starts.
+
+        Raises:
+            OrderError: a pass lacks a trait, or a `prepare` has no structure after it.
+            DataError: a pass needs a split that the data lacks, or a fresh head is not trained first.
+        """
+        traits = store.traits(artifact)
+        dropped_by = {trait: step.name for step in artifact.history for trait in FRESH - traits}
+        for position, step in enumerate(self.passes, 1):
+            for trait in sorted(step.needs - traits):
+                blame = dropped_by.get(trait)
+                cause = f"and {blame} ends that; put {step.name!r} before it" if blame else "which no pass before gives"
+                raise OrderError(f"step {position} {step.name!r} needs a {trait!r} network, {cause}")
+            for trait in step.drops:
+                dropped_by[trait] = f"step {position} {step.name!r}"
+            traits = (traits - step.drops) | step.gives
+            for split in sorted(step.reads):
+                if context.data is None or not context.data.has(split):
+                    raise DataError(
+                        f"step {position} {step.name!r} reads the split {split!r}, which the data lacks; "
+                        f"give --data with it, or --split {split}=0.8,val=0.2"
+                    )
+        if self.passes and self.passes[-1].role == "prepare":
+            raise OrderError(f"{self.passes[-1].name!r} prepares a structural pass, but none follows; add one after it")
+        if fresh_head and context.data is not None and not (self.passes and self.passes[0].trains):
+            first = f"{self.passes[0].name!r} does" if self.passes else "nothing does"
+            raise DataError(
+                f"class-count mismatch: the data has {len(context.data.classes)} classes, so the network gets a new "
+                f"head that the first pass must train, and {first} not; begin with finetune"
+            )
+
+    def stages(self) -> list[Stage]:
+        """prepare* structure repair*; leading repairs are a stage of their own."""
+        stages: list[Stage] = []
+        open_until = ""  # the role that the last pass of the open stage had
+        for position, step in enumerate(self.passes, 1):
+            begins = step.role != "repair" and open_until != "prepare"
+            if begins or not stages:
+                stages.append([])
+            stages[-1].append((position, step))
+            open_until = step.role
+        return stages
+
+    def __call__(self, artifact: Artifact, context: Context, run: Run | None = None) -> Result:
+        """Run every stage. With a `run`, each finished step is kept there, and taken from there when it is found."""
+        self.check(artifact, context)
+        good = dense = artifact
+        records: list[Record] = []
+        for number, stage in enumerate(self.stages(), 1):
+            stage_context = replace(context, reference=good, guard=self.guard.on)
+            good, finished = self._run_stage(number, stage, good, stage_context, run)
+            records += finished
+            if number == 1 and stage[0][1].role == "repair":
+                dense = good
+        return Result(good, dense, tuple(records))
+
+    def _run_stage(
+        self, number: int, stage: Stage, reference: Artifact, context: Context, run: Run | None
+    ) -> tuple[Artifact, list[Record]]:
+        candidate, refusal = reference, None
+        records: list[Record] = []
+        for position, step in stage:
+            if refusal is not None:
+                records.append(_record(step, position, number, outcome="not run", reason="its stage was rolled back"))
+                continue
+            candidate, record = _run_step(step, position, number, candidate, reference, context, run)
+            records.append(record)
+            if self.guard.on and step.role == "structure" and "latency_ratio" in record.figures:
+                refusal = self.guard.refuses_latency(record.figures["latency_ratio"])
+        if self.guard.on and refusal is None and "top1_drop_points" in records[-1].figures:
+            refusal = self.guard.refuses_accuracy(records[-1].figures["top1_drop_points"])
+        judged = [_judged(record, refusal, self.guard) for record in records]
+        for record in judged:
+            context.log.info("%d %s: %s: %s", record.position, record.name, record.outcome, record.reason)
+            if run is not None and is_main():
+                run.add(record)
+        return (candidate if refusal is None else reference), judged
+
+
+def _run_step(
+    step: Pass, position: int, stage: int, given: Artifact, reference: Artifact, context: Context, run: Run | None
+) -> tuple[Artifact, Record]:
+    key = step_key(step, given, reference, context)
+    found = on_main(lambda: run.find(key) if run is not None else None)
+    seconds = {}
+    if run is not None and found is not None and found.folder is not None:
+        context.log.info("%d %s: found finished in %s", position, step.name, found.folder)
+        after, folder, seconds = store.load(run.root / found.folder, trust=given.trust), found.folder, found.seconds
+    else:
+        folder, checkpoint = None, None
+        if run is not None:
+            differs = on_main(lambda: run.differs(position, key))
+            if differs:
+                context.log.info("%d %s: done again, it differs in: %s", position, step.name, differs)
+            folder = on_main(lambda: run.step_folder(position, step.name, key))
+            checkpoint = run.checkpoint(position, step.name, key)
+        started = time.perf_counter()
+        after = step(given, replace(context, checkpoint=checkpoint))
+        seconds = {"pass": round(time.perf_counter() - started, 3)}
+        if run is not None and folder is not None and checkpoint is not None and is_main():
+            store.save(after, run.root / folder)
+            checkpoint.unlink(missing_ok=True)
+    measured = _measured_on(context)
+    if found is not None and found.measured == measured and found.figures:
+        figures = found.figures
+    else:
+        started = time.perf_counter()
+        figures = on_main(lambda: _measure(step, after, reference, context))
+        seconds = {**seconds, "measure": round(time.perf_counter() - started, 3)}
+    record = _record(
+        step,
+        position,
+        stage,
+        outcome="pending",
+        seconds=seconds,
+        plan=after.history[-1].plan,
+        figures=figures,
+        folder=folder,
+        key=key,
+        measured=measured,
+    )
+    if run is not None and is_main():
+        run.add(record)
+    return after, record
+
+
+def _measure(step: Pass, after: Artifact, reference: Artifact, context: Context) -> Figures:
+    """Figures of the artifact after a step; ratio and drop are against `reference`."""
+    counted = costs.count(after.model(), after.backbone.input.size)
+    figures = {cost: Measurement(metric=cost, value=value, unit=cost) for cost, value in counted.items()}
+    meter = context.meter
+    if meter is None:
+        return figures
+    figures["parity_max_abs"] = verify.ship(after, meter)
+    figures["size_bytes"] = meter.size(after)
+    if step.role == "structure":
+        figures["latency_ratio"] = meter.compare(after, reference)
+    figures["latency_p50_ms"] = meter.latency(after)
+    if context.data is not None and context.data.has("val"):
+        figures["accuracy_top1"] = meter.accuracy(after)
+        figures["top1_drop_points"] = meter.drop(after, reference)
+    return figures
+
+
+def _measured_on(context: Context) -> dict[str, str]:
+    """What the figures of a step depend on besides the artifacts."""
+    if context.meter is None:
+        return {}
+    on = {"target": context.meter.target, "device": environment.fingerprint()}
+    if context.data is not None and context.data.has("val"):
+        on |= {"data": context.data.id, "split": context.data.membership("val")}
+    return on
+
+
+def _record(step: Pass, position: int, stage: int, **fields: Any) -> Record:
+    config = step.model_dump(mode="json")
+    return Record(position=position, name=step.name, role=step.role, stage=stage, config=config, **fields)
+
+
+def _judged(record: Record, refusal: str | None, guard: Guard) -> Record:
+    """The record with its outcome and reason, once its stage was judged."""
+    if record.outcome == "not run":
+        return record
+    if refusal is not None:
+        return record.model_copy(update={"outcome": "rolled back", "reason": refusal})
+    ratio, drop = record.figures.get("latency_ratio"), record.figures.get("top1_drop_points")
+    said = [f"{ratio.value:.2f}x latency"] if ratio else []
+    said += [f"{-drop.value:+.2f} points"] if drop else []
+    reason = ", ".join(said) or "not measured"
+    return record.model_copy(update={"outcome": "kept", "reason": reason if guard.on else f"{reason} (guard off)"})

@@ -1,0 +1,226 @@
+"""The one training loop: accelerate for processes and devices; timm for optimisers, schedules, mixup and EMA.
+
+Every random number comes from (seed, step), so a run that was killed goes on from its checkpoint to the same values, and
+N processes take the same images per step as one. Rank 0 alone writes.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, JsonValue
+from torch import Tensor, nn
+
+from slim import distributed, store
+from slim.contract import Context
+from slim.data import Augment, Data
+from slim.errors import DivergedError, StoreError
+
+Objective = Callable[[nn.Module, Tensor, Tensor], Tensor]
+"""`objective(model, images, target)` -> scalar loss. images: (B, C, H, W) float; target: (B,) int64 or (B, classes)."""
+
+CHECKPOINT_EVERY = 200
+"""Steps between checkpoints; one is also written at the end of each epoch."""
+
+
+class Training(BaseModel):
+    """How values are trained; every pass that trains has these fields."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    epochs: int = Field(default=10, ge=1)
+    """Passes over the training split."""
+    lr: float = Field(default=1e-3, gt=0)
+    """Peak learning rate, for one step over the whole batch."""
+    optimizer: str = "adamw"
+    """timm optimiser name."""
+    weight_decay: float = Field(default=0.05, ge=0)
+    """Decay of weights; biases and norms have none."""
+    warmup: float = Field(default=0.1, ge=0, lt=1)
+    """Share of all steps in which the rate rises from 0; after it falls to 0 by a cosine."""
+    clip: float = Field(default=1.0, ge=0)
+    """Largest norm of the gradient; 0 does not clip."""
+    ema: float = Field(default=0.0, ge=0, lt=1)
+    """Decay of the moving average of the values, which then replaces them; 0 keeps none."""
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    """Arithmetic of the forward pass; `auto` takes bf16 where the device computes in it."""
+
+
+def train(model: nn.Module, objective: Objective, training: Training, context: Context) -> dict[str, JsonValue]:
+    """Train `model` in place; it ends on the CPU. `training` may also be an `Augment`.
+
+    Returns:
+        `loss`: mean per epoch; `steps`; `images`; `precision`.
+
+    Raises:
+        DivergedError: the loss is no longer a number; the last checkpoint is from before.
+    """
+    data, backbone = context.data, context.backbone
+    assert data is not None and backbone is not None  # Pipeline.check and Pass.__call__ saw to both
+    augment = training if isinstance(training, Augment) else Augment()
+    per_epoch = data.steps(context.loading.batch_size)
+    total = per_epoch * training.epochs
+    # Drawn from by dropout and drop path; left as the caller had it.
+    with torch.random.fork_rng(devices=[context.device] if context.device.type == "cuda" else []):
+        state = _State(model, training, total, context)
+        wanted = context.progress(f"training {training.epochs} epochs", total)
+        with wanted as advance:
+            advance(state.step, "")
+            while state.step < total:
+                epoch, start = divmod(state.step, per_epoch)
+                batches = data.train_batches(
+                    backbone.input,
+                    augment,
+                    seed=context.seed,
+                    epoch=epoch,
+                    batch_size=context.loading.batch_size,
+                    num_classes=backbone.num_classes,
+                    rank=distributed.rank(),
+                    world=distributed.world(),
+                    start=start,
+                    workers=context.loading.workers,
+                )
+                _epoch(state, objective, batches, advance, last=(epoch + 1) * per_epoch)
+                state.save()
+    means = [math.fsum(state.losses[i : i + per_epoch]) / per_epoch for i in range(0, total, per_epoch)]
+    state.finish()
+    return {
+        "loss": [round(mean, 6) for mean in means],
+        "steps": total,
+        "images": total * context.loading.batch_size,
+        "precision": state.precision,
+    }
+
+
+def _epoch(
+    state: _State, objective: Objective, batches: Iterator[tuple[Tensor, Tensor]], advance: Callable[..., None], last: int
+) -> None:
+    for images, target in batches:
+        loss = state.advance(objective, images, target)
+        advance(1, f"loss {loss:.3f}" if state.step % 5 == 0 else None)
+        if state.step % CHECKPOINT_EVERY == 0 and state.step < last:
+            state.save()
+
+
+class _State:
+    """What a step changes: values, optimiser, moving average; saved and taken up again as a whole."""
+
+    def __init__(self, model: nn.Module, training: Training, total: int, context: Context) -> None:
+        from accelerate import Accelerator
+        from timm.optim import create_optimizer_v2
+        from timm.scheduler import CosineLRScheduler
+        from timm.utils import ModelEmaV3
+
+        self.model, self.training, self.total, self.context = model, training, total, context
+        self.accelerator = Accelerator(cpu=context.device.type == "cpu", mixed_precision="no")
+        self.precision = resolve_precision(training.precision, context.device)
+        model.to(context.device)
+        model.train()
+        try:
+            optimizer = create_optimizer_v2(
+                model, opt=training.optimizer, lr=training.lr, weight_decay=training.weight_decay
+            )
+        except (AssertionError, ValueError) as error:
+            raise DivergedError(f"optimizer {training.optimizer!r}: timm has no such optimiser ({error})") from error
+        self.ema = ModelEmaV3(model, decay=training.ema) if training.ema else None
+        self.wrapped, self.optimizer = self.accelerator.prepare(model, optimizer)
+        self.schedule = CosineLRScheduler(
+            optimizer,
+            t_initial=total,
+            warmup_t=round(total * training.warmup),
+            warmup_lr_init=0.0,
+            warmup_prefix=True,
+            t_in_epochs=False,
+        )
+        self.step = 0
+        self.losses: list[float] = []
+        self._take_up()
+
+    def advance(self, objective: Objective, images: Tensor, target: Tensor) -> float:
+        """One optimiser step; the loss of it."""
+        device = self.context.device
+        # By step, not carried on: a run taken up from a checkpoint draws what the uninterrupted one drew.
+        torch.manual_seed(self.context.seed * 1_000_003 + self.step * 64 + distributed.rank())
+        self.schedule.step_update(self.step)
+        self.optimizer.zero_grad()
+        with torch.autocast(device.type, torch.bfloat16, enabled=self.precision == "bf16"):
+            loss = objective(self.wrapped, images.to(device, non_blocking=True), target.to(device, non_blocking=True))
+        self.accelerator.backward(loss)
+        value = float(loss.detach())
+        if not math.isfinite(value):
+            kept = f"last checkpoint: step {self.saved}" if self.saved else "no checkpoint was written before"
+            raise DivergedError(
+                f"training: loss is {value} at step {self.step + 1} of {self.total}; lower --lr or --clip ({kept})"
+            )
+        if self.training.clip:
+            self.accelerator.clip_grad_norm_(self.wrapped.parameters(), self.training.clip)
+        self.optimizer.step()
+        self.step += 1
+        if self.ema is not None:
+            self.ema.update(self.model, step=self.step)
+        self.losses.append(value)
+        return value
+
+    def save(self) -> None:
+        """Write the checkpoint, beside and renamed, if the run keeps one."""
+        self.saved = self.step
+        path = self.context.checkpoint
+        if path is None or not distributed.is_main():
+            return
+        buffer = io.BytesIO()
+        torch.save(
+            {
+                "step": self.step,
+                "losses": self.losses,
+                "model": self.model.state_dict(),
+                "optimizer": self.optimizer.state_dict(),
+                "ema": self.ema.module.state_dict() if self.ema is not None else {},
+            },
+            buffer,
+        )
+        path.parent.mkdir(parents=True, exist_ok=True)
+        store.write_bytes(path, buffer.getvalue())
+
+    def _take_up(self) -> None:
+        self.saved = 0
+        path = self.context.checkpoint
+        if path is None or not path.exists():
+            return
+        saved = _read_checkpoint(path, self.context.device)
+        self.model.load_state_dict(saved["model"])
+        self.optimizer.load_state_dict(saved["optimizer"])
+        if self.ema is not None:
+            self.ema.module.load_state_dict(saved["ema"])
+        self.step = self.saved = saved["step"]
+        self.losses = list(saved["losses"])
+        self.context.log.info("training goes on from step %d of %d (%s)", self.step, self.total, path.name)
+
+    def finish(self) -> None:
+        """Leave the plain module with its final values, on the CPU."""
+        if self.ema is not None:
+            self.model.load_state_dict(self.ema.module.state_dict())
+        self.model.to("cpu")
+        self.model.zero_grad(set_to_none=True)
+        self.model.eval()
+
+
+def _read_checkpoint(path: Path, device: torch.device) -> dict[str, Any]:
+    try:
+        saved: dict[str, Any] = torch.load(path, map_location=device, weights_only=True)
+    except (RuntimeError, ValueError, EOFError, OSError) as error:
+        raise StoreError(f"{path}: not a whole checkpoint; delete it to start the step again") from error
+    return saved
+
+
+def resolve_precision(wanted: str, device: torch.device) -> str:
+    """`bf16` or `fp32`: what `auto` means on `device`."""
+    if wanted != "auto":
+        return wanted
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported() else "fp32"
+    return "bf16" if torch.cpu._is_avx512_bf16_supported() else "fp32"
