@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import NamedTuple
 
 from slim.bench.report import Report
@@ -24,14 +25,18 @@ WIDE_SPREAD = 25.0
 PLOT = (46.0, 22.0, 444.0, 284.0)
 """Left, top, right, bottom of the scatter's frame."""
 
+TURNS = (0, -2, 2, 8, -6, 6, -4, 4, -1, 1, -3, 3, -5, 5, -7, 7)
+"""Where a label may stand, in sixteenths of a circle, most welcome first: right of its mark, a little up, ..."""
 MS_PANEL = (112.0, 252.0)
 """Left and right end of the waterfall's milliseconds; their text stands to the right."""
 POINTS_ZERO = 388.0
 """x of no change in the waterfall's points."""
 POINTS_REACH = 26.0
 """Longest bar of points, to either side."""
-ROW = 32.0
-"""Height of a row of the waterfall."""
+DWARFED = 8.0
+"""A bar of points this many times the next one is cut short."""
+TOP, ROW = 40.0, 30.0
+"""Middle of the waterfall's first row, and from one row to the next."""
 LATENCY, ACCURACY = "latency_p50_ms", "accuracy_top1"
 
 Box = tuple[float, float, float, float]
@@ -82,8 +87,8 @@ class Bar(NamedTuple):
     label: str
     kind: str
     y: float
-    link: float | None
-    """x of the latency the step was given: where a line comes down from the row above."""
+    link: tuple[float, float] | None
+    """x of the latency the step was given, and y of the row that left it: a line comes down from there."""
     ms: tuple[float, float] | None
     ms_text: str
     ms_tone: str
@@ -114,6 +119,8 @@ class Change(NamedTuple):
     """Latency it left."""
     points: Measurement | None
     """Accuracy it left minus accuracy it was given; for `final` against dense."""
+    source: int
+    """Row that left what this one was given."""
 
 
 def ticks(low: float, high: float, wanted: int = 5) -> list[float]:
@@ -144,21 +151,22 @@ def scatter(report: Report) -> Scatter | None:
     labels = [shorten(label, 18) for label in labels]
     bars = [(min(e), my - 1, max(e), my + 1) for e, (_, my) in zip(across, marks, strict=True) if e]
     bars += [(mx - 1, min(e), mx + 1, max(e)) for e, (mx, _) in zip(upright, marks, strict=True) if e]
+    trail = [mark for row, mark in zip(shown, marks, strict=True) if row.kind != "rolled back"]
+    bars += [box for start, end in pairwise(trail) for box in _along(start, end)]
     places = place_labels(marks, labels, bars, (left, top - 14, WIDTH, bottom))
     points = [
-        Point(row.kind, label, _title(row), *mark, ax, up, box, far)
+        Point(row.kind, label, _title(row), mark[0], mark[1], ax, up, box, far)
         for row, label, mark, ax, up, (box, far) in zip(shown, labels, marks, across, upright, places, strict=True)
     ]
-    kept = [point for point in points if point.kind != "rolled back"]
-    steps = [0, 10, 30, 50, 70, 80, 90, 95, 98, 99, 99.5, 99.8, 99.9]
-    y_values = [t for t in steps if y_low <= rise(t) <= y_high] if stretched else ticks(y_low, y_high)
+    steps = [10, 30, 50, 70, 80, 90, 95, 98, 99, 99.5, 99.8, 99.9]
+    y_values = [float(t) for t in steps if y_low <= rise(t) <= y_high] if stretched else ticks(y_low, y_high)
     return Scatter(
         height=330,
         frame=PLOT,
         points=points,
-        path="M" + " L".join(f"{p.x:.1f} {p.y:.1f}" for p in kept),
+        path="M" + " L".join(f"{x:.1f} {y:.1f}" for x, y in trail),
         x_ticks=[Tick(x(t), f"{t:g}") for t in ticks(x_low, x_high)],
-        y_ticks=[Tick(y(rise(t)), f"{t:g}") for t in y_values],
+        y_ticks=_apart([Tick(y(rise(t)), f"{t:g}") for t in y_values], LINE),
         stretched=stretched,
         left_out=[row.label for row in lines if row not in shown],
     )
@@ -176,8 +184,8 @@ def place_labels(
     for (x, y), label in zip(marks, labels, strict=True):
         best, least = None, math.inf
         for radius in (13.0, 22.0, 34.0, 50.0, 70.0, 95.0, 125.0, 160.0, 200.0):
-            for turn in (0, -1, 1, 4, -3, 3, -2, 2):  # eighths of a circle: right first, then above, below, left
-                box = _label_box(x, y, radius, turn * math.pi / 4, len(label) * CHARACTER)
+            for turn in TURNS:
+                box = _label_box(x, y, radius, turn * math.pi / 8, len(label) * CHARACTER)
                 on_labels = sum(_overlap(box, other, 2) for other, _ in placed)
                 outside = _area(box) - _overlap(box, frame)
                 covered = sum(_overlap(box, other) for other in (*taken, *obstacles))
@@ -197,70 +205,72 @@ def waterfall(report: Report) -> Waterfall | None:
     if not slowest and not shifts:
         return None
     # Training from scratch gives 88 points, compression costs 0.2: the one is cut short so that the other is seen.
-    small = next((shift for shift in shifts if 0 < shift < shifts[0] / 5), None)
+    small = next((less for more, less in pairwise(shifts) if 0 < less < more / DWARFED), None)
     limit = 1.5 * small if small else max(shifts, default=0.0) or 1.0
-    bars = [_bar(change, 40.0 + ROW * index, slowest or 1.0, limit) for index, change in enumerate(found)]
-    return Waterfall(height=40 + ROW * len(bars), zero=POINTS_ZERO, bars=bars)
+    bars = [_bar(change, index, slowest or 1.0, limit) for index, change in enumerate(found)]
+    return Waterfall(height=TOP + ROW * len(bars) - 6, zero=POINTS_ZERO, bars=bars)
 
 
 def changes(report: Report) -> list[Change]:
     """Each row against what it was given: the step before in the same stage, else the last network that was kept."""
     found = []
     kept: dict[str, Measurement] = {}
-    trial, stage = kept, None
-    for row in rows(report):
+    trial, stage, source, kept_source = kept, 0, 0, 0
+    for index, row in enumerate(rows(report)):
+        if row.step is None or row.step.stage != stage:
+            trial, source = kept, kept_source
+        stage = row.step.stage if row.step else stage
         figures = {metric: row.figures[metric] for metric in (LATENCY, ACCURACY) if metric in row.figures}
-        if row.step is not None and row.step.stage != stage:
-            trial, stage = kept, row.step.stage
-        if row.kind == "final":
-            trial = kept
-        given, left = trial.get(ACCURACY), figures.get(ACCURACY)
-        if row.kind == "final":
-            given = report.dense.get(ACCURACY)
-        points = gain(row.figures) if row.kind == "final" else None
-        if points is None and given and left and row.kind != "dense":
-            points = Measurement(metric="top1_change", value=left.value - given.value, unit="points", n=left.n)
-        found.append(Change(row, trial.get(LATENCY), figures.get(LATENCY), points))
+        given = report.dense if row.kind == "final" else trial
+        points = gain(row.figures) if row.kind == "final" else _shift(given.get(ACCURACY), figures.get(ACCURACY))
+        found.append(Change(row, trial.get(LATENCY), figures.get(LATENCY), points, source))
         trial = trial | figures
+        source = index if LATENCY in figures else source
         if row.kind in ("dense", "kept"):
-            kept = trial
+            kept, kept_source = trial, source
     return found
 
 
-def _bar(change: Change, y: float, slowest: float, limit: float) -> Bar:
-    row, before, after, points = change
+def _shift(before: Measurement | None, after: Measurement | None) -> Measurement | None:
+    if before is None or after is None:
+        return None
+    return Measurement(metric="top1_change", value=after.value - before.value, unit="points", n=after.n)
+
+
+def _bar(change: Change, index: int, slowest: float, limit: float) -> Bar:
+    row, before, after, points, source = change
     left, right = MS_PANEL
     x = [left + (right - left) * latency.value / slowest if latency else None for latency in (before, after)]
     ms, text, tone = None, "", "whole"
     if after and x[1] is not None:
         step = Measurement(metric="latency_change", value=after.value - before.value, unit="ms") if before else None
-        if step is None or x[0] is None or row.kind == "final":
+        if step is None or x[0] is None or row.kind in ("dense", "final"):
             ms, text = (left, x[1]), number(after)
         elif before:
-            ms, text, tone = (min(x[0], x[1]), max(x[0], x[1])), number(step, True), _tone(before, after)
+            ms, text, tone = (min(x[0], x[1]), max(x[0], x[1])), number(step, sign=True), _tone(before, after)
     size = max(-1.0, min(1.0, points.value / limit)) * POINTS_REACH if points else 0.0
     return Bar(
         label=shorten(row.label, 15),
         kind=row.kind,
-        y=y,
-        link=x[0],
+        y=TOP + ROW * index,
+        link=(x[0], TOP + ROW * source) if x[0] is not None and row.kind != "not run" else None,
         ms=ms,
         ms_text=text,
         ms_tone=tone,
         points=(min(POINTS_ZERO, POINTS_ZERO + size), max(POINTS_ZERO, POINTS_ZERO + size)) if points else None,
-        points_text=number(points, True).removesuffix(" points") if points else "",
+        points_text=number(points, sign=True).removesuffix(" points") if points else "",
         points_tone="even" if not size else "better" if size > 0 else "worse",
         clipped=points is not None and abs(points.value) > limit,
     )
 
 
 def _tone(before: Measurement, after: Measurement) -> str:
-    if None not in (before.low, before.high, after.low, after.high) and not _apart(before, after):
+    if None not in (before.low, before.high, after.low, after.high) and not _disjoint(before, after):
         return "even"
     return "better" if after.value < before.value else "worse" if after.value > before.value else "even"
 
 
-def _apart(one: Measurement, other: Measurement) -> bool:
+def _disjoint(one: Measurement, other: Measurement) -> bool:
     ends = [(m.value if m.low is None else m.low, m.value if m.high is None else m.high) for m in (one, other)]
     return ends[0][1] < ends[1][0] or ends[1][1] < ends[0][0]
 
@@ -292,10 +302,26 @@ def _ends(
     return to_pixels(rise(figure.low)), to_pixels(rise(figure.high))
 
 
+def _apart(found: list[Tick], room: float) -> list[Tick]:
+    """The ticks, without those that come nearer than `room` to one already taken; the last, topmost one comes first."""
+    taken: list[Tick] = []
+    for tick in reversed(found):
+        if not taken or abs(taken[-1].at - tick.at) >= room:
+            taken.append(tick)
+    return taken
+
+
 def _title(row: Row) -> str:
     figures = (row.figures[LATENCY], row.figures[ACCURACY])
     said = (f"{number(f)} ({interval(f)})" if interval(f) else number(f) for f in figures)
     return f"{row.label}: {', '.join(said)}{f', {row.verdict}' if row.verdict else ''}"
+
+
+def _along(start: tuple[float, float], end: tuple[float, float]) -> list[Box]:
+    """Small boxes on the line from start to end."""
+    count = max(1, round(math.dist(start, end) / 8))
+    places = [[a + (b - a) * i / count for a, b in zip(start, end, strict=True)] for i in range(count + 1)]
+    return [(x - 2, y - 2, x + 2, y + 2) for x, y in places]
 
 
 def shorten(text: str, characters: int) -> str:

@@ -8,6 +8,7 @@ mode; this file only says where things go. A figure that is not there is reporte
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
@@ -21,8 +22,12 @@ from slim.measurement import Measurement
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-FORMAT = "slim-report/1"
+    from slim.bench.wording import Row
+    from slim.runs import Record
+
 NOT_MEASURED = "not measured"
+UNIT_GAP = re.compile(r"(?<=\d) (?=(?:%|x|ms|points|[kMGT]?B?)\b|%)|(?<=95 %) (?=\d)")
+"""The space between a figure and its unit, where a line must not break."""
 ROWS_SHOWN = 500
 """Entries of one plan the page lists; a longer plan is cut with a note, report.json has it whole."""
 
@@ -38,10 +43,10 @@ Figures = Mapping[str, Annotated[Measurement, AfterValidator(_finite)]]
 """Metric name -> Measurement; what was not measured is not there."""
 
 
-class Guard(BaseModel):
-    """What decided whether a stage was kept."""
+class GuardUsed(BaseModel):
+    """What decided whether a stage was kept; also made from the guard of the pipeline itself."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", from_attributes=True, use_attribute_docstrings=True)
 
     max_drop: float
     """Top-1 points a stage may cost."""
@@ -92,13 +97,18 @@ class StepReport(BaseModel):
     figures: Figures = {}
     """Right after the step, even if it was rolled back; ratio and drop are against the stage before."""
 
+    @classmethod
+    def of(cls, record: Record) -> StepReport:
+        """What the report tells of a line of steps.jsonl."""
+        return cls.model_validate(record, from_attributes=True)
+
 
 class Report(BaseModel):
     """Everything a run has to say."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
-    format: Literal["slim-report/1"] = FORMAT
+    format: Literal["slim-report/1"] = "slim-report/1"
     """Format of this file."""
     model: str
     """Name of the backbone."""
@@ -108,18 +118,18 @@ class Report(BaseModel):
     """The dataset, none when the run had none."""
     seed: int = 0
     """Seed of the run."""
-    guard: Guard
+    guard: GuardUsed
     """The guard's settings."""
     notices: tuple[str, ...] = ()
     """What the reader must know before the figures, one line each."""
     environment: dict[str, Any] = {}
     """slim.environment.describe()."""
     dense: Figures = {}
-    """The untouched network."""
+    """What the run is compared with: the network before the first stage that changes its structure."""
     steps: tuple[StepReport, ...] = ()
     """The chain in order."""
     final: Figures = {}
-    """The file that ships; ratio, drop and agreement are against the untouched network."""
+    """The file that ships; ratio, drop and agreement are against `dense`."""
     file: str | None = None
     """Path of the exported file inside the run directory."""
 
@@ -139,7 +149,7 @@ def load(path: str | Path) -> Report:
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(str(part) for part in first["loc"]) or "the file"
-        raise StoreError(f"{path}: {place}: {first['msg']}; not a whole {FORMAT} file, run `slim run` again") from error
+        raise StoreError(f"{path}: {place}: {first['msg']}; not a whole report; `slim run` writes it again") from error
 
 
 def write(report: Report, folder: Path) -> None:
@@ -159,42 +169,54 @@ def to_html(report: Report) -> str:
     """The page: one file, no network, no script; every text that came from a file is escaped."""
     from jinja2 import Environment, StrictUndefined
 
+    from slim.bench import charts, wording
+
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters |= {"number": number, "interval": interval, "as_table": as_table, "as_text": as_text}
+    environment.filters["glued"] = lambda text: UNIT_GAP.sub("\N{NO-BREAK SPACE}", text)
+    environment.filters |= {name: getattr(wording, name) for name in ("number", "interval", "as_table", "as_text")}
     source = resources.files("slim.bench").joinpath("report.html.jinja").read_text(encoding="utf-8")
     return environment.from_string(source).render(
         report=report,
-        headline=headline(report),
-        rows=rows(report),
-        tiles=_tiles(report),
-        scatter=scatter(report),
-        waterfall=waterfall(report),
-        method=list(_method(report)),
+        headline=wording.headline(report),
+        tiles=wording.tiles(report),
+        rows=wording.rows(report),
+        columns=wording.COLUMNS,
+        method=wording.method(report),
+        scatter=charts.scatter(report),
+        waterfall=charts.waterfall(report),
         rows_shown=ROWS_SHOWN,
+        not_measured=NOT_MEASURED,
     )
 
 
 def to_console(report: Report) -> RenderableType:
     """The headline, the notices and the step table, for `rich.console.Console.print`; fits 120 columns."""
+    from rich import box
     from rich.console import Group
     from rich.table import Table
     from rich.text import Text
+
+    from slim.bench.wording import COLUMNS, headline, interval, number, rows
 
     def cell(text: str, style: str = "") -> Text:
         # Text, not markup, and printable: a pass option read from a file must not be able to drive the terminal.
         return Text("\n".join("".join(c if c.isprintable() else "?" for c in line) for line in text.split("\n")), style)
 
-    table = Table(header_style="bold", pad_edge=False)
-    table.add_column("step", no_wrap=True)
-    for heading in ("params", "MACs", "size", "latency", "top-1"):
+    def figure(row: Row, metric: str) -> Text:
+        found = row.figures.get(metric)
+        if found is None:
+            return cell("-" if row.kind == "not run" else NOT_MEASURED, "dim")
+        return cell("\n".join(filter(None, (number(found), interval(found)))))
+
+    table = Table(box=box.SIMPLE_HEAD, header_style="bold", pad_edge=False, show_edge=False)
+    table.add_column("step")
+    for heading in COLUMNS.values():
         table.add_column(heading, justify="right")
-    table.add_column("verdict and why", ratio=1)
+    table.add_column("verdict and why", overflow="fold")
     styles = {"kept": "green", "rolled back": "yellow", "final": "bold"}
     for row in rows(report):
-        figures = (row.figures.get(metric) for metric in COLUMNS)
-        missing = "-" if row.kind == "not run" else NOT_MEASURED
-        cells = (cell("\n".join(filter(None, (number(f), interval(f)))) if f else missing) for f in figures)
-        verdict = ": ".join(filter(None, (row.verdict, row.reason)))
-        table.add_row(cell(row.label), *cells, cell(verdict), style=styles.get(row.kind, "dim"))
+        style = styles.get(row.kind, "dim")
+        why = ": ".join(filter(None, (row.verdict, row.reason)))
+        table.add_row(cell(row.label, style), *(figure(row, metric) for metric in COLUMNS), cell(why, style))
     notices = (cell(f"notice: {notice}", "yellow") for notice in report.notices)
     return Group(cell(headline(report), "bold"), *notices, table)

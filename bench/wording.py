@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 from pydantic import JsonValue
@@ -11,8 +11,14 @@ from pydantic import JsonValue
 from slim.bench.report import NOT_MEASURED, Figures, Report, StepReport
 from slim.measurement import Measurement
 
-COLUMNS = ("params", "macs", "size_bytes", "latency_p50_ms", "accuracy_top1")
-"""Metrics of the step table, in its order."""
+COLUMNS = {
+    "params": "params",
+    "macs": "MACs",
+    "size_bytes": "size",
+    "latency_p50_ms": "latency",
+    "accuracy_top1": "top-1",
+}
+"""Metric -> heading of the step table, in its order."""
 
 
 class Row(NamedTuple):
@@ -28,16 +34,21 @@ class Row(NamedTuple):
 
 def rows(report: Report) -> list[Row]:
     """The step table: the dense network, each step, what ships."""
+    # A network trained before anything is cut is what the cuts are compared with: `dense` stands after its training.
+    trained = report.steps[0].role == "repair" and report.steps[0].outcome == "kept" if report.steps else False
+    leading = sum(trained and step.stage == report.steps[0].stage for step in report.steps)
+    reason = "what the steps below are compared with" if leading else "the untouched network"
     steps = [Row(f"{s.position} {s.name}", s.outcome, s.figures, s.outcome, s.reason, s) for s in report.steps]
     ships = f"ships as {report.file}" if report.file else "the result"
     return [
-        Row("dense", "dense", report.dense, "", "the untouched network"),
-        *steps,
+        *steps[:leading],
+        Row("dense", "dense", report.dense, "", reason),
+        *steps[leading:],
         Row("final", "final", report.final, "", ships),
     ]
 
 
-def number(figure: Measurement, sign: bool = False) -> str:
+def number(figure: Measurement, *, sign: bool = False) -> str:
     """Value with unit: `0.55 ms`, `98.2 %`, `3.39 M`, `13.6 MB`, `0.73x`, `+0.2 points`."""
     value, unit = figure.value, figure.unit
     if unit in ("params", "macs"):
@@ -45,7 +56,8 @@ def number(figure: Measurement, sign: bool = False) -> str:
     if unit == "bytes":
         return _scaled(value, (" B", " kB", " MB", " GB", " TB"))
     digits = _digits(value, unit, figure.n)
-    text = f"{value:{'+' if sign and round(value, digits) else ''}.{digits}f}"
+    value = round(value, digits) or 0.0  # never -0.0
+    text = f"{value:{'+' if sign and value else ''}.{digits}f}"
     return text + {"ratio": "x", "percent": " %"}.get(unit, f" {unit}")
 
 
@@ -53,7 +65,7 @@ def interval(figure: Measurement) -> str:
     """`0.53..0.57` in the figure's unit; empty for a figure that was counted."""
     if figure.low is None or figure.high is None:
         return ""
-    digits = max(_digits(end, figure.unit, figure.n) for end in (figure.low, figure.high))
+    digits = _digits(figure.value, figure.unit, figure.n)
     return f"{figure.low:.{digits}f}..{figure.high:.{digits}f}"
 
 
@@ -63,13 +75,15 @@ def headline(report: Report) -> str:
     structure = [step for step in tried if step.role == "structure"]
     if tried and not any(step.outcome == "kept" for step in tried):
         return "Every stage was rolled back: what ships is the dense network."
+    if structure and not any(step.outcome == "kept" for step in structure):
+        ships = [report.final[m] for m in ("latency_p50_ms", "accuracy_top1") if m in report.final]
+        figures = ", ".join(number(f) + (" top-1" if f.metric == "accuracy_top1" else "") for f in ships)
+        return f"Every compression stage was rolled back: what ships is as large as it was{figures and f', {figures}'}."
     parts = [part for part in (_latency_words(report), _accuracy_words(report)) if part]
     if not parts:
         parts = [*_size_words(report), "latency and accuracy not measured"]
     elif len(parts) == 1:
         parts.append(f"{'accuracy' if _latency_words(report) else 'latency'} not measured")
-    if structure and not any(step.outcome == "kept" for step in structure):
-        parts.insert(0, "every compression stage was rolled back")
     text = ", ".join(parts)
     return text[0].upper() + text[1:]
 
@@ -87,7 +101,7 @@ def _latency_words(report: Report) -> str:
 
 def _accuracy_words(report: Report) -> str:
     accuracy, change = report.final.get("accuracy_top1"), gain(report.final)
-    return f"{number(accuracy)} top-1{f' ({number(change, True)})' if change else ''}" if accuracy else ""
+    return f"{number(accuracy)} top-1{f' ({number(change, sign=True)})' if change else ''}" if accuracy else ""
 
 
 def _size_words(report: Report) -> Iterator[str]:
@@ -105,74 +119,86 @@ def gain(figures: Figures) -> Measurement | None:
     return drop.model_copy(update={"value": -drop.value, "low": low, "high": high})
 
 
-def _tiles(report: Report) -> list[dict[str, Any]]:
-    """The four figures at the top of the page: name, after, before, and the share that is left (none: no bar)."""
-    names = {
-        "latency_p50_ms": "Latency",
-        "accuracy_top1": "Top-1 accuracy",
-        "params": "Parameters",
-        "size_bytes": "File size",
-    }
-    tiles = []
-    for metric, name in names.items():
-        after, before = report.final.get(metric), report.dense.get(metric)
-        share = after.value / before.value if after and before and before.value and metric != "accuracy_top1" else None
-        if share is not None and metric == "latency_p50_ms" and "latency_ratio" in report.final:
-            share = report.final["latency_ratio"].value  # paired in one run: steadier than a quotient of two medians
-        change = gain(report.final) if metric == "accuracy_top1" else None
-        tiles.append({"name": name, "after": after, "before": before, "share": share, "change": change})
-    return tiles
+class Tile(NamedTuple):
+    """One of the figures at the top of the page."""
+
+    name: str
+    after: Measurement | None
+    before: Measurement | None
+    share: float | None
+    """What is left of `before`, as a ratio; none where less is not better."""
+    change: Measurement | None
+    """Points, better is positive."""
 
 
-def _method(report: Report) -> Iterator[tuple[str, str]]:
-    """How it was measured: (heading, words)."""
-    device, versions = report.environment.get("device", {}), report.environment.get("versions", {})
-    yield "Target", report.target or f"none: latency {NOT_MEASURED}"
+def tiles(report: Report) -> list[Tile]:
+    """Latency, accuracy, parameters and size of what ships, against the dense network."""
+    names = {"latency_p50_ms": "Latency", "accuracy_top1": "Top-1", "params": "Parameters", "size_bytes": "File size"}
+    return [_tile(report, metric, name) for metric, name in names.items()]
+
+
+def _tile(report: Report, metric: str, name: str) -> Tile:
+    after, before = report.final.get(metric), report.dense.get(metric)
+    if metric == "accuracy_top1":
+        return Tile(name, after, before, None, gain(report.final))
+    share = after.value / before.value if after and before and before.value else None
+    if metric == "latency_p50_ms" and "latency_ratio" in report.final:
+        share = report.final["latency_ratio"].value  # paired in one run: steadier than a quotient of two medians
+    return Tile(name, after, before, share, None)
+
+
+def method(report: Report) -> dict[str, str]:
+    """How it was measured: heading -> words. What is not known is said, not left out."""
     timed = [row.figures["latency_p50_ms"] for row in rows(report) if "latency_p50_ms" in row.figures]
-    if timed:
-        statistic = f", {timed[-1].statistic} of them" if timed[-1].statistic else ""
-        yield "Timed calls", f"{timed[-1].n} for each file{statistic}; intervals are 95 %, by bootstrap"
-    control = _control(report)
-    if timed:
-        yield "A/A control", control or NOT_MEASURED
-    data = report.data
-    counts = {"training": data.train, "validation": data.val} if data else {}
-    images = ", ".join(f"{count} {split} images" for split, count in counts.items() if count is not None)
-    yield "Data", "; ".join(filter(None, (data.source, images, data.id))) if data else f"none: accuracy {NOT_MEASURED}"
-    judged = {row.figures["accuracy_top1"].n for row in rows(report) if "accuracy_top1" in row.figures}
-    if judged:
-        yield "Accuracy", f"top-1 of the exported file on {' / '.join(map(str, sorted(judged)))} images"
-    for metric, words in (("parity_max_abs", "largest difference"), ("top1_agreement", "agreement with dense")):
-        if metric in report.final:
-            figure = report.final[metric]
-            shown = f"{figure.value:.2g}" if metric == "parity_max_abs" else number(figure)
-            yield {"parity_max_abs": "Parity"}.get(metric, "Top-1 agreement"), f"{words} {shown}, n={figure.n}"
-    rule = f"rolls back a stage that costs over {report.guard.max_drop:g} points or gives under {report.guard.min_gain:g} %"
-    yield "Guard", rule if report.guard.on else "off: every stage was kept whatever it cost"
+    judged = sorted({row.figures["accuracy_top1"].n for row in rows(report) if "accuracy_top1" in row.figures})
+    device, guard, final = report.environment.get("device", {}), report.guard, report.final
+    versions = report.environment.get("versions", {})
     cores = f"{device['cores']} cores" if "cores" in device else ""
-    machine = (device.get("cpu", ""), cores, " ".join(device.get("isa", [])), device.get("os", ""))
-    yield "Machine", ", ".join(filter(None, machine)) or "not recorded"
-    state = {"load": "load_average", "governor": "governor", "fingerprint": "fingerprint"}
-    known = [
-        f"{word} {report.environment[key]}" for word, key in state.items() if report.environment.get(key) is not None
-    ]
-    yield "Its state", ", ".join(known) or "not recorded"
-    yield "Versions", ", ".join(f"{name} {version}" for name, version in versions.items()) or "not recorded"
+    now = (("load", "load_average"), ("governor", "governor"), ("fingerprint", "fingerprint"))
     spent = {kind: sum(s.seconds.get(kind, 0.0) for s in report.steps) for s in report.steps for kind in s.seconds}
-    yield "Time spent", ", ".join(f"{kind} {seconds:.1f} s" for kind, seconds in spent.items()) or "not recorded"
-    yield "Seed", str(report.seed)
+    parity, agreement = final.get("parity_max_abs"), final.get("top1_agreement")
+    return {
+        "Target": report.target or f"none, so latency was {NOT_MEASURED}",
+        "Latency": f"{timed[-1].statistic or 'median'} of {timed[-1].n} calls" if timed else NOT_MEASURED,
+        "A/A control": _control(report) or NOT_MEASURED,
+        "Accuracy": f"top-1 on {_listed(judged, ' or ')} images" if judged else NOT_MEASURED,
+        "Data": _data_words(report),
+        "Parity": f"largest difference {parity.value:.2g} from torch to the file" if parity else NOT_MEASURED,
+        "Agreement": f"{number(agreement)} of answers equal the dense network's" if agreement else NOT_MEASURED,
+        "Guard": f"rolls back a stage that drops over {guard.max_drop:.1f} points or gains under {guard.min_gain:.1f} %"
+        if guard.on
+        else "off: every stage was kept whatever it cost",
+        "Machine": _listed((device.get("cpu"), cores, " ".join(device.get("isa", ())), device.get("os")))
+        or "not recorded",
+        "Its state": _listed(
+            f"{word} {report.environment[key]}" for word, key in now if report.environment.get(key) is not None
+        )
+        or "not recorded",
+        "Versions": _listed(f"{name} {version}" for name, version in versions.items()) or "not recorded",
+        "Time spent": _listed(f"{kind} {seconds:.1f} s" for kind, seconds in spent.items()) or "not recorded",
+        "Seed": str(report.seed),
+    }
+
+
+def _listed(words: Iterable[object], between: str = ", ") -> str:
+    return between.join(str(word) for word in words if word)
+
+
+def _data_words(report: Report) -> str:
+    if report.data is None:
+        return f"none, so accuracy was {NOT_MEASURED}"
+    counts = {"training": report.data.train, "validation": report.data.val}
+    images = (f"{count} {split} images" for split, count in counts.items() if count is not None)
+    return _listed((report.data.source, *images, report.data.id))
 
 
 def _control(report: Report) -> str | None:
     """The latest A/A control: a file timed against itself, which ought to give 1."""
     for figures in (report.final, *(step.figures for step in reversed(report.steps))):
         found = figures["latency_ratio"].details.get("control") if "latency_ratio" in figures else None
-        if isinstance(found, Mapping) and "value" in found:
-            words = f"the dense file against itself: {found['value']:.3f}x"
-            ends = found.get("low"), found.get("high")
-            return words + (f", 95 % {ends[0]:.3f}..{ends[1]:.3f}" if None not in ends else "")
         if found is not None:
-            return as_text(found)
+            fit = "" if found.get("fit", True) else "; unfit, so this machine could not judge latency"
+            return f"a file against itself: {found['value']:.3f}x, 95 % {found['low']:.3f}..{found['high']:.3f}{fit}"
     return None
 
 

@@ -15,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -41,7 +41,16 @@ class Worker:
     """The parent's end of a worker process. A context manager: leaving it ends the process, whatever happened."""
 
     def __init__(self, *, threads: int, cpus: Sequence[int] | None = None) -> None:
-        """Start a worker whose calls use `threads` threads, on the cores `cpus` only if given."""
+        """Start a worker whose calls use `threads` threads, on the cores `cpus` only if given.
+
+        Raises:
+            UsageError: cores this process may not use, or a system that cannot bind processes to cores.
+        """
+        usable = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set()
+        if cpus and not usable.issuperset(cpus):
+            raise UsageError(
+                f"cpus {list(cpus)}: usable here are {sorted(usable)}; choose among them, or leave cpus out"
+            )
         self._threads = threads
         self._path: Path | None = None
         roots = [str(Path(slim.__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
@@ -113,11 +122,13 @@ class Worker:
         self._ask(op="close")
 
     def _ask(self, **command: Any) -> dict[str, Any]:
-        assert self._process.stdin is not None and self._process.stdout is not None
+        commands, answers = self._process.stdin, self._process.stdout
+        assert commands is not None, "opened as a pipe"
+        assert answers is not None, "opened as a pipe"
         try:
-            self._process.stdin.write(json.dumps(command) + "\n")
-            self._process.stdin.flush()
-            line = self._process.stdout.readline()
+            commands.write(json.dumps(command) + "\n")
+            commands.flush()
+            line = answers.readline()
         except BrokenPipeError:
             line = ""
         if not line:
@@ -134,7 +145,9 @@ class Worker:
         self._stderr.seek(0)
         words = " ".join(self._stderr.read().decode(errors="replace").split())[-STDERR_TAIL:]
         how = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
-        remedy = "out of memory? try a smaller batch" if code == -signal.SIGKILL else "try the file in onnxruntime alone"
+        remedy = (
+            "out of memory? try a smaller batch" if code == -signal.SIGKILL else "try the file in onnxruntime alone"
+        )
         return f"{self._path or 'bench'}: worker ended by {how} during {op!r}: {words or 'no message'}; {remedy}"
 
 
@@ -225,7 +238,12 @@ def main() -> None:
     os.dup2(2, 1)  # whatever a library prints must not be taken for an answer
     gc.disable()
     child = _Child()
-    commands = {"open": child.open, "run": child.run, "memory": child.memory, "close": child.close}
+    commands: dict[str, Callable[..., dict[str, Any]]] = {
+        "open": child.open,
+        "run": child.run,
+        "memory": child.memory,
+        "close": child.close,
+    }
     for line in sys.stdin:
         words = json.loads(line)
         reply: dict[str, Any]

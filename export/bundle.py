@@ -35,8 +35,8 @@ MODEL = "model.onnx"
 MODES = {1: "L", 3: "RGB"}
 """Channels -> Pillow's image mode."""
 
-RAW = ("predictions",)
-"""Details of a measurement that are samples by another name: one entry per image."""
+RAW = ("samples", "predictions")
+"""Beginnings of the keys under which a measurement keeps one entry per call or image; the run's report has those."""
 
 
 def write_bundle(
@@ -45,7 +45,7 @@ def write_bundle(
     """Write `folder` beside its place and rename it; an older bundle there is replaced, anything else is not.
 
     Raises:
-        UsageError: `folder` holds something that is not a bundle, or labels and outputs differ in number.
+        UsageError: `folder` holds something that is not a bundle, or the file does not fit the artifact.
         StoreError: the exported file changed since, or the disk is full.
     """
     if folder.exists() and not (folder.is_dir() and ((folder / MANIFEST).is_file() or not any(folder.iterdir()))):
@@ -91,6 +91,11 @@ def explicit_steps(preprocessing: Preprocessing) -> list[dict[str, Any]]:
 
 def _describe(artifact: Artifact, onnx_file: OnnxFile, measurements: Mapping[str, Measurement]) -> dict[str, Any]:
     backbone, (source,), (output,) = artifact.backbone, onnx_file.inputs, onnx_file.outputs
+    if source.shape[1:] != backbone.input.size:
+        raise UsageError(
+            f"bundle: {onnx_file.path} takes {source.shape[1:]}, the network's preprocessing gives "
+            f"{backbone.input.size}; export the file with the same preprocessing"
+        )
     if artifact.labels is not None and len(artifact.labels) != output.shape[1]:
         raise UsageError(
             f"bundle: {len(artifact.labels)} labels for {output.shape[1]} outputs of {onnx_file.path}; "
@@ -112,10 +117,13 @@ def _describe(artifact: Artifact, onnx_file: OnnxFile, measurements: Mapping[str
     }
 
 
-def _figures(measured: Measurement) -> dict[str, Any]:
-    figures = measured.model_dump(mode="json", exclude={"samples"})
-    figures["details"] = {key: value for key, value in figures["details"].items() if key not in RAW}
-    return figures
+def _figures(value: Any) -> Any:
+    """A measurement's JSON without its raw samples, at any depth."""
+    if isinstance(value, Measurement):
+        return _figures(value.model_dump(mode="json"))
+    if isinstance(value, dict):
+        return {key: _figures(inner) for key, inner in value.items() if not key.startswith(RAW)}
+    return [_figures(inner) for inner in value] if isinstance(value, list) else value
 
 
 def _read(onnx_file: OnnxFile) -> bytes:

@@ -18,10 +18,11 @@ from typing import Any
 
 import onnx
 import torch
+from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 from torch import nn
 
 from slim.artifact import Preprocessing
-from slim.errors import SlimError, UsageError
+from slim.errors import SlimError, StoreError, UsageError
 from slim.store import write_bytes
 
 OPSET = 20
@@ -120,6 +121,15 @@ def export_onnx(
     )
 
 
+def read_ports(path: Path) -> tuple[tuple[Port, ...], tuple[Port, ...]]:
+    """Inputs and outputs of the file at `path`. Raises StoreError when it is not a whole ONNX file."""
+    try:
+        graph = onnx.load(path, load_external_data=False).graph
+    except (OSError, DecodeError) as error:
+        raise StoreError(f"{path}: not a whole ONNX file ({error}); export it again") from error
+    return _ports(graph.input), _ports(graph.output)
+
+
 @contextlib.contextmanager
 def in_eval(model: nn.Module) -> Iterator[None]:
     """`model` in eval mode and without gradients; every module's own training flag is put back afterwards."""
@@ -177,11 +187,7 @@ def _quiet() -> Iterator[None]:
     try:
         for logger in loggers:
             logger.setLevel(logging.CRITICAL + 1)
-        with (
-            contextlib.redirect_stdout(io.StringIO()),
-            contextlib.redirect_stderr(io.StringIO()),
-            warnings.catch_warnings(),
-        ):
+        with contextlib.redirect_stderr(io.StringIO()), warnings.catch_warnings():
             # torch.export warns about its own internals (deprecated pytree calls, attributes a network caches); where
             # the user's filter makes errors of warnings, they would end an export that works.
             warnings.simplefilter("ignore")

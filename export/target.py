@@ -1,6 +1,6 @@
 """Target: the runtime, device, threads and batch a network will be served with.
 
-Written `runtime[:device][,threads=N,batch=N,precision=fp32|bf16][@ssh://[user@]host[:port]]`.
+Written `runtime[:device][,threads=N,batch=N,precision=fp32]`.
 """
 
 from __future__ import annotations
@@ -15,6 +15,9 @@ from slim.errors import MissingExtra, UsageError, did_you_mean
 
 RUNTIMES = {"ort:cpu": ("onnxruntime", "pip install 'slim[cpu]'")}
 """`runtime:device` -> (module that runs it, how to get that module)."""
+
+OPTIONS = {"threads": "threads=N", "batch": "batch=N", "precision": "precision=fp32"}
+"""Option -> how it is written."""
 
 DEFAULT_DEVICE = {"ort": "cpu"}
 
@@ -53,8 +56,12 @@ class Target(BaseModel):
         fields: dict[str, str] = {}
         for pair in pairs:
             match = re.fullmatch(r"(\w+)=(\w+)", pair)
-            if not match or match[1] not in ("threads", "batch", "precision"):
-                raise UsageError(f"target {text!r}: {pair!r} is not threads=N, batch=N or precision=fp32")
+            if not match:
+                raise UsageError(f"target {text!r}: {pair!r} is not {' or '.join(OPTIONS.values())}")
+            if match[1] not in OPTIONS:
+                raise UsageError(f"target {text!r}: unknown option {match[1]!r}{did_you_mean(match[1], OPTIONS)}")
+            if match[1] in fields:
+                raise UsageError(f"target {text!r}: {match[1]!r} is given twice; keep one")
             fields[match[1]] = match[2]
         try:
             return cls.model_validate({"runtime": runtime, "device": device, **fields})

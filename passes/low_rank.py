@@ -7,6 +7,7 @@ Does not touch k x k, grouped or depthwise convolutions, nor the classifier. A l
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from fnmatch import fnmatch
 from typing import Any, ClassVar, Self
 
@@ -15,6 +16,7 @@ from pydantic import Field, JsonValue, model_validator
 from torch import Tensor, nn
 
 from slim import surgery
+from slim.artifact import Step
 from slim.contract import Context, Pass, Plan, Role
 from slim.errors import PassError
 
@@ -24,7 +26,7 @@ class LowRank(Pass):
 
     name: ClassVar[str] = "low-rank"
     role: ClassVar[Role] = "structure"
-    needs: ClassVar[frozenset[str]] = frozenset({"dense", "float"})
+    needs: ClassVar[frozenset[str]] = frozenset({"float"})
     drops: ClassVar[frozenset[str]] = frozenset({"dense"})
     shrinks: ClassVar[frozenset[str]] = frozenset({"params", "macs"})
 
@@ -52,11 +54,12 @@ class LowRank(Pass):
         layers: dict[str, JsonValue] = {}
         dense: dict[str, JsonValue] = {}
         heads, called = surgery.classifiers(model), _called(model, context)
+        done = {name for step in context.history if step.name == self.name for name in _factored_by(step)}
         candidates = [(name, module) for name, module in model.named_modules() if _is_matrix(module)]
         with context.progress("low-rank: spectra", len(candidates)) as advance:
             for name, module in candidates:
                 advance(1, name)
-                chosen = self._left_dense(name, module, heads, called) or self._choose(module)
+                chosen = self._left_dense(name, module, heads, called, done) or self._choose(module)
                 (dense if isinstance(chosen, str) else layers)[name] = chosen
         if not layers:
             rule = f"ratio {self.ratio}" if self.ratio is not None else f"energy {self.energy}"
@@ -83,10 +86,14 @@ class LowRank(Pass):
                 advance(1, name)
                 fill(model.get_submodule(name), layer)
 
-    def _left_dense(self, name: str, module: nn.Module, heads: frozenset[str], called: frozenset[str]) -> str | None:
+    def _left_dense(
+        self, name: str, module: nn.Module, heads: frozenset[str], called: frozenset[str], done: set[str]
+    ) -> str | None:
         outputs, inputs = matrix_shape(module)
         if name in heads:
             return "classifier"
+        if name.rpartition(".")[0] in done:
+            return "factored by a step before"
         if any(fnmatch(name, pattern) for pattern in self.skip):
             return "in skip"
         if min(outputs, inputs) < self.min_width:
@@ -172,6 +179,11 @@ def fill(pair: nn.Module, layer: nn.Module) -> None:
     second.weight.copy_(a.reshape(second.weight.shape))
     if layer.bias is not None:
         second.bias.copy_(layer.bias)
+
+
+def _factored_by(step: Step) -> Iterator[str]:
+    layers: Any = step.plan["layers"]
+    yield from layers
 
 
 def _is_matrix(module: nn.Module) -> bool:

@@ -7,6 +7,7 @@ folders by a hash of each path, or it is an error that says what was found.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -59,6 +60,15 @@ class Data:
         if name not in self.splits:
             raise DataError(f"data {self.source}: no split {name!r}; has {', '.join(self.splits)}")
         return self.splits[name]
+
+    def membership(self, *splits: str) -> str:
+        """Fingerprint of which images these splits hold, in order; a limit, a cut or a seed that moves one changes it."""
+        digest = hashlib.sha256()
+        for name in splits:
+            digest.update(
+                f"{name}\n".encode() + "\n".join(self.split(name).names).encode(errors="surrogateescape") + b"\n"
+            )
+        return digest.hexdigest()
 
     def unreadable(self, split: str) -> int:
         """How many images of the split were skipped so far because they cannot be read."""

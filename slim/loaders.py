@@ -139,14 +139,18 @@ class TrainSamples(Dataset[Sample]):
         image, label = sample
         if self.mixup is not None:
             partner = self._augmented(self._partner(index), unreadable)
-            assert partner is not None  # the walk that found `sample` finds it again
+            if partner is None:
+                return None, None, unreadable
             with seeded(*self.key, index, 1):
                 pair, targets = self.mixup(torch.stack([image, partner[0]]), torch.tensor([label, partner[1]]))
             return pair[0], targets[0], unreadable
         return image, self._target(label), unreadable
 
     def _augmented(self, index: int, unreadable: dict[str, str]) -> tuple[Tensor, int] | None:
-        """The image at `index`, or the next readable one: a batch must have the same size on every rank."""
+        """The image at `index`, or the next readable one, as a batch must have the same size on every rank.
+
+        None where more are unreadable than may be: whoever counts them then stops.
+        """
         for position in range(index, index + min(len(self.split), allowed_unreadable(self.split) + 1)):
             name = self.split.names[position % len(self.split)]
             try:
@@ -159,7 +163,7 @@ class TrainSamples(Dataset[Sample]):
         return None
 
     def _partner(self, index: int) -> int:
-        return int(np.random.default_rng([*self.key, index]).integers(len(self.split)))
+        return int(np.random.default_rng([*self.key, index, 2]).integers(len(self.split)))
 
     def _target(self, label: int) -> Tensor:
         if not self.augment.smoothing:
@@ -171,7 +175,7 @@ class TrainSamples(Dataset[Sample]):
 
 
 def eval_transform(preprocessing: Preprocessing) -> Callable[[Image.Image], Tensor]:
-    """Timm's evaluation transform: RGB image -> (3, H, W) float32."""
+    """The evaluation transform of timm: RGB image -> (3, H, W) float32."""
     from timm.data import create_transform
 
     transform: Callable[[Image.Image], Tensor] = create_transform(
@@ -181,7 +185,7 @@ def eval_transform(preprocessing: Preprocessing) -> Callable[[Image.Image], Tens
 
 
 def train_transform(preprocessing: Preprocessing, augment: Augment) -> Callable[[Image.Image], Tensor]:
-    """Timm's training transform: RGB image -> (3, H, W) float32, drawing from the global generators."""
+    """The training transform of timm: RGB image -> (3, H, W) float32, drawing from the global generators."""
     from timm.data import create_transform
 
     transform: Callable[[Image.Image], Tensor] = create_transform(
@@ -198,7 +202,7 @@ def train_transform(preprocessing: Preprocessing, augment: Augment) -> Callable[
 
 
 def mixup_of_pairs(augment: Augment, num_classes: int) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None:
-    """Timm's mixup and cutmix for a batch of two: ((2, 3, H, W), (2,)) -> ((2, 3, H, W), (2, num_classes))."""
+    """Mixup and cutmix of timm, for a batch of two: ((2, 3, H, W), (2,)) -> ((2, 3, H, W), (2, num_classes))."""
     if not (augment.mixup or augment.cutmix):
         return None
     from timm.data import Mixup
@@ -219,7 +223,7 @@ def read(
     """Batches of the given positions: images (B, 3, H, W) float32 and their targets.
 
     Raises:
-        DataError: more of the split is unreadable than UNREADABLE_SHARE allows.
+        DataError: more of the split is unreadable than UNREADABLE_SHARE allows, or all of it.
     """
     loader: DataLoader[Any] = DataLoader(
         samples,
@@ -253,7 +257,7 @@ def _count_unreadable(split: Split, found: Mapping[str, str]) -> None:
             split.unreadable[name] = why
             log.warning("%s: skipped, it cannot be read as an image: %s", split.images.place(name), why)
     count, allowed = len(split.unreadable), allowed_unreadable(split)
-    if count > allowed:
+    if count > allowed or count == len(split):
         name, why = next(iter(split.unreadable.items()))
         raise DataError(
             f"{split.images.place(name)}: cannot be read as an image ({why}); {count} unreadable so far, at most"

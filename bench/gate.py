@@ -1,0 +1,87 @@
+"""The gate: a run's shipped file is measured again on this machine against the run's dense.onnx, and judged."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from pathlib import Path
+
+from slim import costs, environment
+from slim.bench import accuracy, budget, latency
+from slim.bench.budget import METRICS, Verdict
+from slim.bench.measure import measure_accuracy
+from slim.contract import Progress, no_progress
+from slim.data import open_data
+from slim.errors import UsageError
+from slim.export.target import Target
+from slim.measurement import Measurement
+from slim.recipe import parse, read
+from slim.runs import Figures, Run, open_run
+
+
+def gate(
+    run_folder: Path, budgets: Path, *, stored: bool = False, seed: int = 0, progress: Progress = no_progress
+) -> tuple[Verdict, ...]:
+    """A verdict on each budget of the file `budgets`.
+
+    Args:
+        run_folder: a run with a bundle.
+        budgets: budgets.yaml.
+        stored: judge the figures of report.json instead of measuring again.
+        seed: of the inputs and the bootstrap.
+        progress: shown while measuring.
+
+    Raises:
+        UsageError: no such run or file, or a figure that this run cannot give.
+        TargetError: the runtime is not installed.
+    """
+    wanted, run = budget.load(budgets), open_run(run_folder)
+    target, here = Target.parse(wanted.target), environment.fingerprint()
+    metrics = budget.needs(wanted.budgets, fingerprint=here)
+    figures = _stored(run, target, metrics, here) if stored else _measured(run, target, metrics, seed, progress)
+    return budget.judge(wanted.budgets, figures, fingerprint=here)
+
+
+def _stored(run: Run, target: Target, metrics: Collection[str], here: str) -> Figures:
+    report = run.report
+    timed = sorted(metric for metric in metrics if METRICS[metric].order > 0)
+    if timed and report.target != str(target):
+        raise UsageError(f"--stored: {run.root} was measured on {report.target}, the budgets are for {target}")
+    if timed and report.environment.get("fingerprint") != here:
+        raise UsageError(f"--stored: {', '.join(timed)} of {run.root} were taken on another device; leave out --stored")
+    return dict(report.final)
+
+
+def _measured(run: Run, target: Target, metrics: Collection[str], seed: int, progress: Progress) -> Figures:
+    candidate = run.bundle / "model.onnx"
+    for path in (candidate, run.dense):
+        if not path.is_file():
+            raise UsageError(f"{path}: is missing; end the chain of `slim run` with export")
+    figures = {
+        "size_bytes": Measurement(metric="size_bytes", value=candidate.stat().st_size, unit="bytes"),
+    }
+    if metrics & {"params", "macs"}:
+        counted = costs.count(run.artifact.model(), run.artifact.backbone.input.size)
+        figures |= {cost: Measurement(metric=cost, value=value, unit=cost) for cost, value in counted.items()}
+    if metrics & {"top1_drop_points", "top1_agreement"}:
+        figures |= _accuracy(run, target, candidate, seed, progress)
+    if metrics & {"latency_ratio", "latency_p50_ms", "latency_p95_ms"}:
+        ratio = latency.compare(candidate, run.dense, target, seed=seed, progress=progress)
+        figures |= {"latency_ratio": ratio, **latency.side_figures(ratio, "candidate")}
+    return figures
+
+
+def _accuracy(run: Run, target: Target, candidate: Path, seed: int, progress: Progress) -> Figures:
+    """What the file lost against dense.onnx on the run's validation images."""
+    recipe = parse(read(run.recipe_path), place=str(run.recipe_path))
+    if recipe.data is None:
+        raise UsageError(f"{run.root}: has no data, so nothing can be said of its accuracy; drop the top1 budgets")
+    spec, backbone = recipe.data, run.artifact.backbone
+    data = open_data(spec.source, split=spec.split, seed=recipe.seed, limit_val=spec.limit.val)
+    data = data.for_classes(backbone.num_classes)
+    ours, theirs = (
+        measure_accuracy(path, target, data, backbone.input, progress=progress) for path in (candidate, run.dense)
+    )
+    return {
+        "top1_drop_points": accuracy.drop(ours, theirs, seed=seed),
+        "top1_agreement": accuracy.agreement(ours, theirs),
+    }

@@ -1,0 +1,153 @@
+"""The meter: a network is exported, and the exported file is measured on the target."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from slim.artifact import Artifact, Preprocessing
+from slim.bench import accuracy, latency
+from slim.contract import Progress, no_progress
+from slim.data import Data
+from slim.errors import DataError
+from slim.export.onnx import OnnxFile, export_onnx
+from slim.export.parity import parity
+from slim.export.target import Target
+from slim.measurement import Measurement
+
+T = TypeVar("T")
+
+PARITY_IMAGES = 64
+"""Real images on which torch and the exported file are compared; fewer where the data has fewer."""
+EVAL_BATCH = 32
+"""Images of one call while accuracy is measured; it changes no figure."""
+
+
+@dataclass(frozen=True)
+class TargetMeter:
+    """slim.contract.Meter on one target. Each artifact is exported, and each question about it answered, once."""
+
+    on: Target
+    preprocessing: Preprocessing
+    data: Data | None
+    """Labels in the order of the network's outputs."""
+    folder: Path
+    """Where exported files are put."""
+    seed: int = 0
+    progress: Progress = no_progress
+    _answers: dict[tuple[str, ...], object] = field(default_factory=dict, repr=False)
+
+    @property
+    def target(self) -> str:
+        """The target, in the words of `--target`."""
+        return str(self.on)
+
+    def export(self, model: Artifact | nn.Module) -> OnnxFile:
+        """The exported file of `model`."""
+        digest = _digest(model)
+        return self._once(
+            ("export", digest),
+            lambda: export_onnx(_module(model), self.folder / f"{digest[:16]}.onnx", self.preprocessing),
+        )
+
+    def size(self, model: Artifact | nn.Module) -> Measurement:
+        """Bytes of the exported file."""
+        return Measurement(metric="size_bytes", value=self.export(model).size_bytes, unit="bytes")
+
+    def parity(self, model: Artifact | nn.Module) -> Measurement:
+        """Largest absolute difference between torch and the exported file. Raises ParityError."""
+        path = self.export(model).path
+        return self._once(
+            ("parity", path.name), lambda: parity(_module(model), path, self._sample(), target=self.on)
+        )
+
+    def latency(self, model: Artifact | nn.Module) -> Measurement:
+        """p50 in ms of one call at the target's batch size."""
+        path = self.export(model).path
+        return self._once(
+            ("latency", path.name), lambda: latency.latency(path, self.on, seed=self.seed, progress=self.progress)
+        )
+
+    def compare(
+        self, candidate: Artifact | nn.Module, reference: Artifact | nn.Module, *, limit: float | None = None
+    ) -> Measurement:
+        """Ratio of latencies candidate / reference; below 1 is faster. Measured longer while `limit` is undecided."""
+        ours, theirs = self.export(candidate).path, self.export(reference).path
+        return self._once(
+            ("compare", ours.name, theirs.name, str(limit)),
+            lambda: latency.compare(ours, theirs, self.on, seed=self.seed, limit=limit, progress=self.progress),
+        )
+
+    def accuracy(self, model: Artifact | nn.Module) -> Measurement:
+        """Top-1 in percent on the validation split.
+
+        Raises:
+            DataError: the run has no validation split.
+        """
+        path = self.export(model).path
+        return self._once(("accuracy", path.name), lambda: self._accuracy(path))
+
+    def drop(self, candidate: Artifact | nn.Module, reference: Artifact | nn.Module) -> Measurement:
+        """Top-1 points lost, paired on the same images; above 0 is worse."""
+        return accuracy.drop(self.accuracy(candidate), self.accuracy(reference), seed=self.seed)
+
+    def agreement(self, candidate: Artifact | nn.Module, reference: Artifact | nn.Module) -> Measurement:
+        """Percent of validation images that both put into the same class."""
+        return accuracy.agreement(self.accuracy(candidate), self.accuracy(reference))
+
+    def _accuracy(self, path: Path) -> Measurement:
+        return measure_accuracy(path, self.on, self.data, self.preprocessing, progress=self.progress)
+
+    def _sample(self) -> Tensor:
+        """Real images where there are any, (B, C, H, W); calibration images before validation ones."""
+        if self.data is None:
+            return noise(self.preprocessing)
+        split = next(name for name in ("calib", "train", "val") if self.data.has(name))
+        batches = self.data.eval_batches(split, self.preprocessing, batch_size=EVAL_BATCH)
+        images = [images for images, _ in islice(batches, -(-PARITY_IMAGES // EVAL_BATCH))]
+        return torch.cat(images)[:PARITY_IMAGES]
+
+    def _once(self, question: tuple[str, ...], answer: Callable[[], T]) -> T:
+        if question not in self._answers:
+            self._answers[question] = answer()
+        return self._answers[question]  # type: ignore[return-value] # the question's first word fixes the type
+
+
+def measure_accuracy(
+    path: Path, target: Target, data: Data | None, preprocessing: Preprocessing, *, progress: Progress = no_progress
+) -> Measurement:
+    """Top-1 of the file at `path` on the validation split.
+
+    Raises:
+        DataError: there is no validation split.
+    """
+    if data is None or not data.has("val"):
+        raise DataError("accuracy: there is no validation split; give --data with val/, or --split val=0.2,train=0.8")
+    batches: Iterator[tuple[Tensor, Tensor]] = data.eval_batches("val", preprocessing, batch_size=EVAL_BATCH)
+    with progress("accuracy", len(data.split("val"))) as advance:
+        return accuracy.accuracy(path, target, batches, progress=lambda images: advance(images, ""))
+
+
+def noise(preprocessing: Preprocessing) -> Tensor:
+    """(8, C, H, W): without images, parity is at least asked on the range that normalised images have."""
+    return torch.randn(8, *preprocessing.size, generator=torch.Generator().manual_seed(0))
+
+
+def _module(model: Artifact | nn.Module) -> nn.Module:
+    return model.model() if isinstance(model, Artifact) else model
+
+
+def _digest(model: Artifact | nn.Module) -> str:
+    if isinstance(model, Artifact):
+        return model.digest
+    # A bare module has no history: its structure is known by its classes and settings, printed, and its values.
+    from slim.artifact import state_digest
+
+    return hashlib.sha256(f"{model}{state_digest(model.state_dict())}".encode()).hexdigest()

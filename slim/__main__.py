@@ -1,0 +1,5 @@
+"""`python -m slim`, which torchrun starts."""
+
+from slim.cli import main
+
+main()

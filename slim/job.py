@@ -1,0 +1,228 @@
+"""The main job: a recipe becomes a run folder with a measured file in it.
+
+Start (network, data, target) -> check -> pipeline -> final artifact, dense.onnx, bundle, report.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from slim import costs, environment, store
+from slim.artifact import Artifact
+from slim.bench.measure import TargetMeter
+from slim.bench.report import DataUsed, Report, StepReport
+from slim.bench.report import write as write_report
+from slim.contract import Context, Loading, Pass, Progress, no_progress
+from slim.data import open_data
+from slim.distributed import on_main
+from slim.errors import UsageError
+from slim.export.bundle import write_bundle
+from slim.export.onnx import export_onnx
+from slim.export.target import Target
+from slim.measurement import Measurement
+from slim.pipeline import Guard, Result
+from slim.pretrained import Start, start
+from slim.recipe import ExportSpec, Recipe, parse
+from slim.runs import Figures, Run
+
+
+@dataclass(frozen=True)
+class Job:
+    """A recipe whose network, data and target are at hand, and whose order can work."""
+
+    recipe: Recipe
+    start: Start
+    target: Target | None
+    device: torch.device
+
+    def context(self, **fields: Any) -> Context:
+        """What the passes may use."""
+        data = self.recipe.data
+        loading = Loading(data.batch_size, data.workers) if data else Loading()
+        return Context(data=self.start.data, device=self.device, seed=self.recipe.seed, loading=loading, **fields)
+
+
+def prepare(recipe: Recipe, *, trust: bool = False) -> Job:
+    """Open everything and check the order; changes nothing on disk.
+
+    Raises:
+        UsageError: whatever cannot work, before any work starts.
+        TargetError: the target's runtime is not installed.
+    """
+    target = Target.parse(recipe.target) if recipe.target else None
+    if target:
+        target.probe()
+    spec = recipe.data
+    data = spec and open_data(
+        spec.source,
+        split=spec.split,
+        unlabeled=spec.unlabeled,
+        calib=spec.calib,
+        seed=recipe.seed,
+        limit_train=spec.limit.train,
+        limit_val=spec.limit.val,
+    )
+    begin = start(recipe.model, data, seed=recipe.seed, trust=trust)
+    job = Job(recipe, begin, target, _device(recipe.device))
+    recipe.pipeline().check(begin.artifact, job.context(), fresh_head=begin.fresh_head)
+    return job
+
+
+def execute(job: Job, out: Path, *, resume: bool = False, progress: Progress = no_progress) -> Run:
+    """Run the chain into the folder `out`; what was finished there is taken up with `resume`."""
+    recipe = job.recipe
+    run = on_main(lambda: Run.open(out, recipe.resolved(), resume=resume))
+    with _threads(recipe.threads), tempfile.TemporaryDirectory(prefix="slim-") as folder:
+        artifact = job.start.artifact
+        meter = job.target and TargetMeter(
+            on=job.target,
+            preprocessing=artifact.backbone.input,
+            data=job.start.data,
+            folder=Path(folder),
+            seed=recipe.seed,
+            progress=progress,
+        )
+        result = recipe.pipeline()(artifact, job.context(meter=meter, progress=progress), run)
+        on_main(lambda: _finish(job, run, result, meter))
+    return run
+
+
+def run(
+    *,
+    model: str | Mapping[str, Any],
+    passes: Sequence[Pass],
+    out: str | Path,
+    data: str | Mapping[str, Any] | None = None,
+    target: str | None = None,
+    export: str | None = "onnx",
+    guard: Guard | None = None,
+    seed: int = 0,
+    resume: bool = False,
+    trust: bool = False,
+) -> Run:
+    """The main job in one call. `model` and `data` take a name, or the mapping a recipe has there.
+
+    Raises:
+        SlimError: as the command line reports it; see slim/errors.py.
+    """
+    recipe = parse(
+        {
+            "model": model,
+            "data": data,
+            "target": target,
+            "seed": seed,
+            "guard": guard or Guard(),
+            "passes": tuple(passes),
+            "export": ExportSpec.model_validate({"format": export}) if export else None,
+        },
+        place="slim.run",
+    )
+    return execute(prepare(recipe, trust=trust), Path(out), resume=resume)
+
+
+def _finish(job: Job, run: Run, result: Result, meter: TargetMeter | None) -> None:
+    """Write everything a finished run leaves: final/, dense.onnx, bundle/, report.json and report.html."""
+    store.save(result.artifact, run.final)
+    dense, final = _figures(result.dense, meter), _figures(result.artifact, meter)
+    if meter is None:
+        export_onnx(result.dense.model(), run.dense, result.dense.backbone.input)
+    else:
+        store.write_bytes(run.dense, meter.export(result.dense).path.read_bytes())
+        final |= _against(result, meter)
+    if job.recipe.export:
+        if meter is None:
+            file = export_onnx(result.artifact.model(), run.root / "final.onnx", result.artifact.backbone.input)
+            write_bundle(run.bundle, result.artifact, file, final)
+            file.path.unlink()
+        else:
+            write_bundle(run.bundle, result.artifact, meter.export(result.artifact), final)
+    write_report(_report(job, run, result, dense, final), run.root)
+
+
+def _figures(artifact: Artifact, meter: TargetMeter | None) -> Figures:
+    counted = costs.count(artifact.model(), artifact.backbone.input.size)
+    figures = {cost: Measurement(metric=cost, value=value, unit=cost) for cost, value in counted.items()}
+    if meter is None:
+        return figures
+    figures |= {"size_bytes": meter.size(artifact), "parity_max_abs": meter.parity(artifact)}
+    figures["latency_p50_ms"] = meter.latency(artifact)
+    if meter.data is not None and meter.data.has("val"):
+        figures["accuracy_top1"] = meter.accuracy(artifact)
+    return figures
+
+
+def _against(result: Result, meter: TargetMeter) -> Figures:
+    """The final file against the dense one; nothing where they are the same file."""
+    if result.artifact.digest == result.dense.digest:
+        return {}
+    figures = {"latency_ratio": meter.compare(result.artifact, result.dense)}
+    if meter.data is not None and meter.data.has("val"):
+        figures["top1_drop_points"] = meter.drop(result.artifact, result.dense)
+        figures["top1_agreement"] = meter.agreement(result.artifact, result.dense)
+    return figures
+
+
+def _report(job: Job, run: Run, result: Result, dense: Figures, final: Figures) -> Report:
+    recipe, data = job.recipe, job.start.data
+    structures = [record for record in result.records if record.role == "structure"]
+    notices = []
+    if structures and all(record.outcome != "kept" for record in structures):
+        notices.append("every structural stage was rolled back: the network is as large as it was")
+    if job.target is None:
+        notices.append("latency was not measured: the run had no --target")
+    if data is None:
+        notices.append("accuracy was not measured: the run had no --data")
+    if not recipe.guard.on:
+        notices.append("the guard was off: every stage was kept, whatever it cost")
+    return Report(
+        model=recipe.model.name,
+        target=str(job.target) if job.target else None,
+        data=DataUsed(
+            source=data.source,
+            id=data.id,
+            train=len(data.split("train")) if data.has("train") else 0,
+            val=len(data.split("val")) if data.has("val") else 0,
+        )
+        if data
+        else None,
+        seed=recipe.seed,
+        guard=recipe.guard,
+        notices=tuple(notices),
+        environment=environment.describe(),
+        dense=dense,
+        steps=tuple(StepReport.of(record) for record in result.records),
+        final=final,
+        file="bundle/model.onnx" if recipe.export else None,
+    )
+
+
+def _device(wanted: str) -> torch.device:
+    if wanted == "auto":
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if torch.cuda.is_available() else _CPU
+    if wanted not in ("cpu", "cuda"):
+        raise UsageError(f"--device {wanted}: is not auto, cpu or cuda")
+    if wanted == "cuda" and not torch.cuda.is_available():
+        raise UsageError("--device cuda: torch sees no CUDA device here; use --device cpu")
+    return _CPU if wanted == "cpu" else torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+
+
+_CPU = torch.device("cpu")
+
+
+@contextmanager
+def _threads(wanted: int | None) -> Iterator[None]:
+    before = torch.get_num_threads()
+    if wanted is not None:
+        torch.set_num_threads(wanted)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
