@@ -64,9 +64,7 @@ class TargetMeter:
     def parity(self, model: Artifact | nn.Module) -> Measurement:
         """Largest absolute difference between torch and the exported file. Raises ParityError."""
         path = self.export(model).path
-        return self._once(
-            ("parity", path.name), lambda: parity(_module(model), path, self._sample(), target=self.on)
-        )
+        return self._once(("parity", path.name), lambda: parity(_module(model), path, self._sample(), target=self.on))
 
     def latency(self, model: Artifact | nn.Module) -> Measurement:
         """p50 in ms of one call at the target's batch size."""

@@ -7,53 +7,27 @@ mode; this file only says where things go. A figure that is not there is reporte
 
 from __future__ import annotations
 
-import math
 import re
-from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, JsonValue, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from slim.errors import StoreError
-from slim.measurement import Measurement
+from slim.pipeline import Guard
+from slim.runs import Figures, Record
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
     from slim.bench.wording import Row
-    from slim.runs import Record
 
 NOT_MEASURED = "not measured"
 UNIT_GAP = re.compile(r"(?<=\d) (?=(?:%|x|ms|points|[kMGT]?B?)\b|%)|(?<=95 %) (?=\d)")
 """The space between a figure and its unit, where a line must not break."""
 ROWS_SHOWN = 500
 """Entries of one plan the page lists; a longer plan is cut with a note, report.json has it whole."""
-
-
-def _finite(figure: Measurement) -> Measurement:
-    ends = (figure.value, *(end for end in (figure.low, figure.high) if end is not None))
-    if not all(math.isfinite(end) for end in ends):
-        raise ValueError(f"{figure.metric} is {figure.value}, not a finite number; leave out what was not measured")
-    return figure
-
-
-Figures = Mapping[str, Annotated[Measurement, AfterValidator(_finite)]]
-"""Metric name -> Measurement; what was not measured is not there."""
-
-
-class GuardUsed(BaseModel):
-    """What decided whether a stage was kept; also made from the guard of the pipeline itself."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", from_attributes=True, use_attribute_docstrings=True)
-
-    max_drop: float
-    """Top-1 points a stage may cost."""
-    min_gain: float
-    """Percent of latency a stage must give."""
-    on: bool
-    """False when every stage was kept whatever it cost."""
 
 
 class DataUsed(BaseModel):
@@ -71,38 +45,6 @@ class DataUsed(BaseModel):
     """Validation images."""
 
 
-class StepReport(BaseModel):
-    """One pass of the chain, and what became of it."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
-
-    position: int
-    """Place in the chain, from 1."""
-    name: str
-    """Pass name."""
-    role: Literal["structure", "prepare", "repair"]
-    """See slim/contract.py."""
-    stage: int
-    """Stage it belongs to; a stage is kept or rolled back as a whole."""
-    config: dict[str, JsonValue] = {}
-    """Every field of the pass."""
-    outcome: Literal["kept", "rolled back", "not run"]
-    """The guard's verdict."""
-    reason: str = ""
-    """Why, in one line."""
-    seconds: dict[str, float] = {}
-    """Time by what it was spent on: `pass`, `verify`, `measure`."""
-    plan: dict[str, JsonValue] = {}
-    """What the pass decided."""
-    figures: Figures = {}
-    """Right after the step, even if it was rolled back; ratio and drop are against the stage before."""
-
-    @classmethod
-    def of(cls, record: Record) -> StepReport:
-        """What the report tells of a line of steps.jsonl."""
-        return cls.model_validate(record, from_attributes=True)
-
-
 class Report(BaseModel):
     """Everything a run has to say."""
 
@@ -118,7 +60,7 @@ class Report(BaseModel):
     """The dataset, none when the run had none."""
     seed: int = 0
     """Seed of the run."""
-    guard: GuardUsed
+    guard: Guard
     """The guard's settings."""
     notices: tuple[str, ...] = ()
     """What the reader must know before the figures, one line each."""
@@ -126,7 +68,7 @@ class Report(BaseModel):
     """slim.environment.describe()."""
     dense: Figures = {}
     """What the run is compared with: the network before the first stage that changes its structure."""
-    steps: tuple[StepReport, ...] = ()
+    steps: tuple[Record, ...] = ()
     """The chain in order."""
     final: Figures = {}
     """The file that ships; ratio, drop and agreement are against `dense`."""

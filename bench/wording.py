@@ -8,8 +8,9 @@ from typing import NamedTuple
 
 from pydantic import JsonValue
 
-from slim.bench.report import NOT_MEASURED, Figures, Report, StepReport
+from slim.bench.report import NOT_MEASURED, Report
 from slim.measurement import Measurement
+from slim.runs import Figures, Record
 
 COLUMNS = {
     "params": "params",
@@ -29,7 +30,7 @@ class Row(NamedTuple):
     figures: Figures
     verdict: str
     reason: str
-    step: StepReport | None = None
+    step: Record | None = None
 
 
 def rows(report: Report) -> list[Row]:

@@ -28,7 +28,7 @@ class Finetune(Training, Augment, Pass):
 
     def fit(self, model: nn.Module, teacher: nn.Module, context: Context) -> dict[str, JsonValue]:
         """Train all values in place."""
-        return context.train(model, label_loss, self)
+        return context.train(model, label_loss, self, self)
 
 
 def label_loss(model: nn.Module, images: Tensor, target: Tensor) -> Tensor:

@@ -2,14 +2,14 @@
 
 Truncated SVD with the singular values split evenly between both factors (Denton et al. 2014, arXiv:1404.0736; ranks as
 in PELA, Guo et al. 2024, arXiv:2310.10700). The discarded loss is the tail of the spectrum, so ranks need no data.
-Does not touch k x k, grouped or depthwise convolutions, nor the classifier. A layer whose rank would not pay stays dense.
+Does not touch k x k, grouped or depthwise convolutions, nor the classifier. Layers whose rank would not pay stay dense.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from fnmatch import fnmatch
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Self, TypeGuard, cast
 
 import torch
 from pydantic import Field, JsonValue, model_validator
@@ -19,6 +19,9 @@ from slim import surgery
 from slim.artifact import Step
 from slim.contract import Context, Pass, Plan, Role
 from slim.errors import PassError
+
+Layer = nn.Linear | nn.Conv2d
+"""What holds a matrix: a Linear layer, or a 1x1 convolution."""
 
 
 class LowRank(Pass):
@@ -63,7 +66,9 @@ class LowRank(Pass):
                 (dense if isinstance(chosen, str) else layers)[name] = chosen
         if not layers:
             rule = f"ratio {self.ratio}" if self.ratio is not None else f"energy {self.energy}"
-            reasons = sorted({str(reason) for reason in dense.values()}) or ["it has no Linear layer or 1x1 convolution"]
+            reasons = sorted({str(reason) for reason in dense.values()}) or [
+                "it has no Linear layer or 1x1 convolution"
+            ]
             raise PassError(f"low-rank: {rule} leaves every layer dense ({'; '.join(reasons[:3])}); lower it")
         return {"layers": layers, "dense": dense}
 
@@ -71,7 +76,7 @@ class LowRank(Pass):
         """Two layers of the planned rank in place of each planned one; their values are left unset."""
         layers: Any = plan["layers"]
         for name, chosen in layers.items():
-            surgery.swap(model, name, factored(model.get_submodule(name), chosen["rank"]))
+            surgery.swap(model, name, factored(cast(Layer, model.get_submodule(name)), chosen["rank"]))
         return model
 
     def fit(self, model: nn.Module, teacher: nn.Module, context: Context) -> None:
@@ -84,10 +89,10 @@ class LowRank(Pass):
         with context.progress("low-rank: factors", len(replaced)) as advance, torch.no_grad():
             for name, layer in replaced:
                 advance(1, name)
-                fill(model.get_submodule(name), layer)
+                fill(cast(nn.Sequential, model.get_submodule(name)), layer)
 
     def _left_dense(
-        self, name: str, module: nn.Module, heads: frozenset[str], called: frozenset[str], done: set[str]
+        self, name: str, module: Layer, heads: frozenset[str], called: frozenset[str], done: set[str]
     ) -> str | None:
         outputs, inputs = matrix_shape(module)
         if name in heads:
@@ -102,7 +107,7 @@ class LowRank(Pass):
             return "its weight is read directly, not called"
         return None
 
-    def _choose(self, layer: nn.Module) -> dict[str, JsonValue] | str:
+    def _choose(self, layer: Layer) -> dict[str, JsonValue] | str:
         """What is planned for a layer, or why it stays dense."""
         outputs, inputs = matrix_shape(layer)
         spectrum = torch.linalg.svdvals(as_matrix(layer.weight))
@@ -139,8 +144,8 @@ def rank_for_energy(spectrum: Tensor, energy: float) -> int:
 def balanced_factors(weight: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """A (o, rank) and B (rank, i) with A @ B the best rank-`rank` approximation of weight (o, i), in fp64.
 
-    Each factor takes the square root of the singular values: equal ranges suit a later int8 best. Nested: the factors of
-    a smaller rank are the first columns of A and rows of B.
+    Each factor takes the square root of the singular values: equal ranges suit a later int8 best. Nested: the factors
+    of a smaller rank are the first columns of A and rows of B.
     """
     left, spectrum, right = torch.linalg.svd(weight.double(), full_matrices=False)
     root = spectrum[:rank].sqrt()
@@ -152,32 +157,28 @@ def as_matrix(weight: Tensor) -> Tensor:
     return weight.detach().flatten(1).double()
 
 
-def matrix_shape(module: nn.Module) -> tuple[int, int]:
+def matrix_shape(layer: Layer) -> tuple[int, int]:
     """Outputs and inputs of a Linear layer or 1x1 convolution."""
-    weight = module.weight
-    assert isinstance(weight, Tensor)  # _is_matrix saw to it
-    return weight.shape[0], weight.shape[1]
+    return layer.weight.shape[0], layer.weight.shape[1]
 
 
-def factored(layer: nn.Module, rank: int) -> nn.Sequential:
-    """Two layers in place of one, values unset: B takes the inputs (and the stride), A gives the outputs and the bias."""
+def factored(layer: Layer, rank: int) -> nn.Sequential:
+    """Two layers in place of one, values unset: B takes the inputs and the stride, A gives the outputs and the bias."""
     outputs, inputs = matrix_shape(layer)
     bias = layer.bias is not None
     if isinstance(layer, nn.Linear):
         return nn.Sequential(nn.Linear(inputs, rank, bias=False), nn.Linear(rank, outputs, bias=bias))
-    assert isinstance(layer, nn.Conv2d)
     first = nn.Conv2d(inputs, rank, 1, stride=layer.stride, bias=False)  # type: ignore[arg-type]
     return nn.Sequential(first, nn.Conv2d(rank, outputs, 1, bias=bias))
 
 
-def fill(pair: nn.Module, layer: nn.Module) -> None:
+def fill(pair: nn.Sequential, layer: Layer) -> None:
     """Set the values of `factored(layer, rank)` from the layer's."""
-    assert isinstance(pair, nn.Sequential)
-    first, second = pair[0], pair[1]
+    first, second = cast(Layer, pair[0]), cast(Layer, pair[1])
     a, b = balanced_factors(as_matrix(layer.weight), first.weight.shape[0])
     first.weight.copy_(b.reshape(first.weight.shape))
     second.weight.copy_(a.reshape(second.weight.shape))
-    if layer.bias is not None:
+    if layer.bias is not None and second.bias is not None:
         second.bias.copy_(layer.bias)
 
 
@@ -186,7 +187,7 @@ def _factored_by(step: Step) -> Iterator[str]:
     yield from layers
 
 
-def _is_matrix(module: nn.Module) -> bool:
+def _is_matrix(module: nn.Module) -> TypeGuard[Layer]:
     if type(module) is nn.Linear:
         return True
     # Subclasses are left out: standardised or transformed weights are not what their convolution computes with.

@@ -31,7 +31,7 @@ _PUBLIC = {
     "save": "slim.store",
 }
 
-__all__ = [*_PUBLIC, "__version__"]  # noqa: PLE0604 - the table is the public list
+__all__ = [*_PUBLIC, "__version__"]
 
 
 def __getattr__(name: str) -> Any:

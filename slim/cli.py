@@ -7,6 +7,7 @@ and does nothing; the end of the chain acts.
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -137,10 +138,10 @@ def shared(command: Callable[..., Any]) -> Callable[..., Any]:
 @click.option("--emit-yaml", is_flag=True, help="Print the recipe, do nothing.")
 @shared
 def run(**options: Any) -> None:
-    """Send a network through a chain of passes and measure what comes out.
+    r"""Send a network through a chain of passes and measure what comes out.
 
     \b
-    slim run --model resnet50 --data folder:/data --target ort:cpu --out runs/r50 \\
+    slim run --model resnet50 --data folder:/data --target ort:cpu --out runs/r50 \
         low-rank --energy 0.9  finetune --epochs 10  export --format onnx
     """
 
@@ -173,7 +174,7 @@ def pass_command(pass_class: type[Pass]) -> click.Command:
     def build(**given: Any) -> Pass:
         return build_pass(pass_class, {name: value for name, value in given.items() if value not in (None, ())})
 
-    options = [_option(name, info) for name, info in pass_class.model_fields.items()]
+    options: list[click.Parameter] = [_option(name, info) for name, info in pass_class.model_fields.items()]
     text = (pass_class.__doc__ or "").strip()
     return click.Command(pass_class.name, callback=build, params=options, help=text, short_help=text.split("\n")[0])
 
@@ -325,6 +326,9 @@ def _value(option: str, value: Any) -> Any:
 
 def main(args: list[str] | None = None) -> None:
     """Run the command line; ends the process with an exit code of slim/errors.py."""
+    # Waiting threads that spin slow torch down twentyfold on a machine that is also doing something else. OpenMP reads
+    # this when torch is loaded, which is later.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         code = cli.main(args, prog_name="slim", standalone_mode=False)
     except click.ClickException as error:

@@ -53,13 +53,12 @@ def recipe_of(chain: Sequence[Pass | dict[str, str]], options: Mapping[str, Any]
             recipe.assign(values["model"]["args"], assignment)
     if options["no_guard"]:
         values.setdefault("guard", {})["on"] = False
-    *steps, last = chain or [None]
-    if any(isinstance(step, dict) for step in steps):
-        raise OrderError("'export' ends the chain, and a pass follows it; put export last")
-    if isinstance(last, dict):
-        values["export"] = last
-    elif last is not None:
-        steps.append(last)
+    ends = [number for number, step in enumerate(chain) if isinstance(step, dict)]
+    if ends and ends != [len(chain) - 1]:
+        raise OrderError("'export' ends the chain, and something follows it; put one export, last")
+    if ends:
+        values["export"] = chain[-1]
+    steps = [step for step in chain if not isinstance(step, dict)]
     if steps:
         if values.get("passes"):
             raise RecipeError(f"{file}: has passes, and so has the command line; give the chain in one place")
@@ -99,7 +98,9 @@ def dry_run(given: Recipe, *, trust: bool, as_json: bool) -> None:
     stdout.print(f"data    {data.source if data else 'none: accuracy will not be measured'} {splits or ''}")
     stdout.print(f"target  {prepared.target or 'none: latency will not be measured'}")
     guard = given.guard
-    stdout.print(f"guard   max drop {guard.max_drop:g} points, min gain {guard.min_gain:g} %" if guard.on else "guard   off")
+    stdout.print(
+        f"guard   max drop {guard.max_drop:g} points, min gain {guard.min_gain:g} %" if guard.on else "guard   off"
+    )
     for number, stage in enumerate(given.pipeline().stages(), 1):
         for position, step in stage:
             changed = step.model_dump(mode="json", exclude_defaults=True)
@@ -114,8 +115,8 @@ def show(folder: Path, *, as_json: bool) -> None:
     artifact = store.load(folder / "final" if (folder / "recipe.yaml").is_file() else folder, trust=False)
     if as_json:
         history = [step.model_dump(mode="json") for step in artifact.history]
-        backbone = artifact.backbone.model_dump(mode="json")
-        click.echo(json.dumps({"backbone": backbone, "digest": artifact.digest, "history": history}))
+        built = artifact.backbone.model_dump(mode="json")
+        click.echo(json.dumps({"backbone": built, "digest": artifact.digest, "history": history}))
         return
     backbone = artifact.backbone
     stdout.print(f"{backbone.name}  {backbone.num_classes} classes  input {backbone.input.size}", highlight=False)
@@ -203,8 +204,8 @@ def bench(paths: Sequence[Path], targets: Sequence[str], *, seed: int, as_json: 
         for path, file in zip(paths[1:], files[1:], strict=True):
             ratio = latency.compare(file.path, files[0].path, target, seed=seed, progress=progress)
             figures[f"{path} / {paths[0]}{where}"] = ratio
-            for side, name in (("candidate", path), ("reference", paths[0])):
-                figures[f"{name}{where}"] = latency.side_figures(ratio, side)["latency_p50_ms"]
+            figures[f"{path}{where}"] = latency.side_figures(ratio, "candidate")["latency_p50_ms"]
+            figures[f"{paths[0]}{where}"] = latency.side_figures(ratio, "reference")["latency_p50_ms"]
     _print_figures(figures, as_json=as_json)
 
 
@@ -220,7 +221,9 @@ def export(folder: Path, format_: str, out: Path, *, trust: bool, as_json: bool)
     partial = out.parent / f".{out.name}.onnx"
     try:
         file = export_onnx(artifact.model(), partial, artifact.backbone.input)
-        figures["parity_max_abs"] = parity(artifact.model(), file.path, noise(artifact.backbone.input), target=Target.parse("ort:cpu"))
+        figures["parity_max_abs"] = parity(
+            artifact.model(), file.path, noise(artifact.backbone.input), target=Target.parse("ort:cpu")
+        )
         write_bundle(out, artifact, file, figures)
     finally:
         partial.unlink(missing_ok=True)
@@ -270,7 +273,9 @@ def doctor(*, as_json: bool) -> None:
     stdout.print(f"cpu       {device['cpu']}, {device['cores']} cores, {' '.join(device['isa'])}", highlight=False)
     stdout.print(f"cuda      {', '.join(cuda) or 'none'}", highlight=False)
     stdout.print(f"device    fingerprint {here['fingerprint']}, load {here['load_average']}", highlight=False)
-    stdout.print(f"versions  {', '.join(f'{name} {version}' for name, version in here['versions'].items())}", highlight=False)
+    stdout.print(
+        f"versions  {', '.join(f'{name} {version}' for name, version in here['versions'].items())}", highlight=False
+    )
     for name, state in targets.items():
         stdout.print(f"{name:<9} {state}", highlight=False)
 
@@ -279,7 +284,9 @@ def passes(card: str | None, *, as_json: bool) -> None:
     """`slim passes`: the table, or one card."""
     if card is None:
         listing = {name: text for name, (_, _, text) in PASSES.items()}
-        click.echo(json.dumps(listing) if as_json else "\n".join(f"{name:<10} {text}" for name, text in listing.items()))
+        click.echo(
+            json.dumps(listing) if as_json else "\n".join(f"{name:<10} {text}" for name, text in listing.items())
+        )
         return
     if card not in PASSES:
         raise UsageError(f"--card {card}: no such pass{did_you_mean(card, PASSES)}")
@@ -345,4 +352,3 @@ def _recipe_of_run(found: Run | None) -> Recipe:
 def _target(text: str | None, found: Run | None) -> Target:
     stored = _recipe_of_run(found).target if found else None
     return Target.parse(text or stored or "ort:cpu")
-

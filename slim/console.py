@@ -41,6 +41,8 @@ def bars(title: str, total: int) -> Iterator[Advance]:
         task = progress.add_task(title, total=total, note="")
 
         def advance(steps: int = 1, note: str | None = None) -> None:
-            progress.update(task, advance=steps, **({} if note is None else {"note": note}))
+            progress.update(task, advance=steps)
+            if note is not None:
+                progress.update(task, note=note)
 
         yield advance

@@ -23,7 +23,7 @@ from slim.distributed import on_main
 from slim.measurement import Measurement
 
 if TYPE_CHECKING:
-    from slim.data import Data
+    from slim.data import Augment, Data
     from slim.training import Objective, Training
 
 Plan = dict[str, JsonValue]
@@ -107,11 +107,13 @@ class Context:
     guard: bool = True
     """False when the run keeps every step whatever it cost; written into the history."""
 
-    def train(self, model: nn.Module, objective: Objective, training: Training) -> dict[str, JsonValue]:
+    def train(
+        self, model: nn.Module, objective: Objective, training: Training, augment: Augment
+    ) -> dict[str, JsonValue]:
         """The one training loop on this run's data, device, seed and checkpoint; see slim/training.py."""
         from slim.training import train
 
-        return train(model, objective, training, self)
+        return train(model, objective, training, augment, self)
 
 
 class Pass(BaseModel):
@@ -157,7 +159,7 @@ class Pass(BaseModel):
 
     @final
     def __call__(self, artifact: Artifact, context: Context | None = None) -> Artifact:
-        """plan -> rewrite -> fit -> verify.
+        """Plan -> rewrite -> fit -> verify.
 
         Raises:
             PassError: the pass could not do its work.

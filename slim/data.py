@@ -62,12 +62,11 @@ class Data:
         return self.splits[name]
 
     def membership(self, *splits: str) -> str:
-        """Fingerprint of which images these splits hold, in order; a limit, a cut or a seed that moves one changes it."""
+        """Fingerprint of which images these splits hold, in order: changed by a limit, cut or seed that moves one."""
         digest = hashlib.sha256()
         for name in splits:
-            digest.update(
-                f"{name}\n".encode() + "\n".join(self.split(name).names).encode(errors="surrogateescape") + b"\n"
-            )
+            lines = "\n".join((name, *self.split(name).names, ""))
+            digest.update(lines.encode(errors="surrogateescape"))
         return digest.hexdigest()
 
     def unreadable(self, split: str) -> int:

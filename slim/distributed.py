@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar, cast
 
 T = TypeVar("T")
 
@@ -39,16 +39,16 @@ def on_main(work: Callable[[], T]) -> T:
     from accelerate.utils import broadcast_object_list
 
     PartialState(cpu=not _has_cuda())
-    outcome: list[tuple[T | None, Exception | None]] = [(None, None)]
+    outcome: list[tuple[Any, Exception | None]] = [(None, None)]
     if is_main():
         try:
             outcome = [(work(), None)]
-        except Exception as error:  # handed on to every process below, not swallowed
+        except Exception as error:  # raised below, in every process
             outcome = [(None, error)]
-    result, error = broadcast_object_list(outcome)[0]
-    if error is not None:
-        raise error
-    return result  # type: ignore[return-value]
+    result, failure = broadcast_object_list(outcome)[0]
+    if failure is not None:
+        raise failure
+    return cast(T, result)
 
 
 def _has_cuda() -> bool:

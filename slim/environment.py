@@ -13,7 +13,17 @@ from typing import Any
 
 import slim
 
-LIBRARIES = ("torch", "torchvision", "timm", "accelerate", "onnx", "onnxscript", "onnxruntime", "onnxruntime-gpu", "numpy")
+LIBRARIES = (
+    "torch",
+    "torchvision",
+    "timm",
+    "accelerate",
+    "onnx",
+    "onnxscript",
+    "onnxruntime",
+    "onnxruntime-gpu",
+    "numpy",
+)
 """Libraries whose version can change a result."""
 
 

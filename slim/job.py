@@ -18,7 +18,7 @@ import torch
 from slim import costs, environment, store
 from slim.artifact import Artifact
 from slim.bench.measure import TargetMeter
-from slim.bench.report import DataUsed, Report, StepReport
+from slim.bench.report import DataUsed, Report
 from slim.bench.report import write as write_report
 from slim.contract import Context, Loading, Pass, Progress, no_progress
 from slim.data import open_data
@@ -61,14 +61,18 @@ def prepare(recipe: Recipe, *, trust: bool = False) -> Job:
     if target:
         target.probe()
     spec = recipe.data
-    data = spec and open_data(
-        spec.source,
-        split=spec.split,
-        unlabeled=spec.unlabeled,
-        calib=spec.calib,
-        seed=recipe.seed,
-        limit_train=spec.limit.train,
-        limit_val=spec.limit.val,
+    data = (
+        open_data(
+            spec.source,
+            split=spec.split,
+            unlabeled=spec.unlabeled,
+            calib=spec.calib,
+            seed=recipe.seed,
+            limit_train=spec.limit.train,
+            limit_val=spec.limit.val,
+        )
+        if spec
+        else None
     )
     begin = start(recipe.model, data, seed=recipe.seed, trust=trust)
     job = Job(recipe, begin, target, _device(recipe.device))
@@ -82,14 +86,7 @@ def execute(job: Job, out: Path, *, resume: bool = False, progress: Progress = n
     run = on_main(lambda: Run.open(out, recipe.resolved(), resume=resume))
     with _threads(recipe.threads), tempfile.TemporaryDirectory(prefix="slim-") as folder:
         artifact = job.start.artifact
-        meter = job.target and TargetMeter(
-            on=job.target,
-            preprocessing=artifact.backbone.input,
-            data=job.start.data,
-            folder=Path(folder),
-            seed=recipe.seed,
-            progress=progress,
-        )
+        meter = _meter(job, Path(folder), progress) if job.target else None
         result = recipe.pipeline()(artifact, job.context(meter=meter, progress=progress), run)
         on_main(lambda: _finish(job, run, result, meter))
     return run
@@ -147,7 +144,13 @@ def _finish(job: Job, run: Run, result: Result, meter: TargetMeter | None) -> No
     write_report(_report(job, run, result, dense, final), run.root)
 
 
-def _figures(artifact: Artifact, meter: TargetMeter | None) -> Figures:
+def _meter(job: Job, folder: Path, progress: Progress) -> TargetMeter:
+    assert job.target is not None  # asked for by the caller
+    preprocessing, data = job.start.artifact.backbone.input, job.start.data
+    return TargetMeter(job.target, preprocessing, data, folder, seed=job.recipe.seed, progress=progress)
+
+
+def _figures(artifact: Artifact, meter: TargetMeter | None) -> dict[str, Measurement]:
     counted = costs.count(artifact.model(), artifact.backbone.input.size)
     figures = {cost: Measurement(metric=cost, value=value, unit=cost) for cost, value in counted.items()}
     if meter is None:
@@ -159,7 +162,7 @@ def _figures(artifact: Artifact, meter: TargetMeter | None) -> Figures:
     return figures
 
 
-def _against(result: Result, meter: TargetMeter) -> Figures:
+def _against(result: Result, meter: TargetMeter) -> dict[str, Measurement]:
     """The final file against the dense one; nothing where they are the same file."""
     if result.artifact.digest == result.dense.digest:
         return {}
@@ -188,8 +191,8 @@ def _report(job: Job, run: Run, result: Result, dense: Figures, final: Figures) 
         data=DataUsed(
             source=data.source,
             id=data.id,
-            train=len(data.split("train")) if data.has("train") else 0,
-            val=len(data.split("val")) if data.has("val") else 0,
+            train=len(data.split("train")) if data.has("train") else None,
+            val=len(data.split("val")) if data.has("val") else None,
         )
         if data
         else None,
@@ -198,7 +201,7 @@ def _report(job: Job, run: Run, result: Result, dense: Figures, final: Figures) 
         notices=tuple(notices),
         environment=environment.describe(),
         dense=dense,
-        steps=tuple(StepReport.of(record) for record in result.records),
+        steps=result.records,
         final=final,
         file="bundle/model.onnx" if recipe.export else None,
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
 
 class Measurement(BaseModel):
@@ -14,15 +14,15 @@ class Measurement(BaseModel):
 
     metric: str
     """What was measured: a metric name of budgets.yaml, such as `latency_p50_ms`, or `accuracy_top1`."""
-    value: float
+    value: float = Field(allow_inf_nan=False)
     """The figure, in `unit`."""
     unit: str
     """`ms`, `bytes`, `percent`, `points`, `ratio`, `params`, `macs`."""
     n: int = 1
     """Samples behind the figure: timed calls, or images."""
-    low: float | None = None
+    low: float | None = Field(default=None, allow_inf_nan=False)
     """Lower end of the 95 % interval, in `unit`; none for a figure that is counted, not sampled."""
-    high: float | None = None
+    high: float | None = Field(default=None, allow_inf_nan=False)
     """Upper end of the 95 % interval, in `unit`."""
     statistic: str = ""
     """How `value` was made from the samples: `p50`, `p95`, `mean`."""

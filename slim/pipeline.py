@@ -40,7 +40,8 @@ class Guard(BaseModel):
     def refuses_latency(self, ratio: Measurement) -> str | None:
         """Why the latency `ratio` (candidate / before) does not pay; none when it does."""
         limit = 1 - self.min_gain / 100
-        assert ratio.low is not None and ratio.high is not None  # ratios are sampled
+        assert ratio.low is not None  # ratios are sampled, so they have an interval
+        assert ratio.high is not None
         figures = f"{ratio.value:.3f}x, 95 % {ratio.low:.3f}..{ratio.high:.3f}; at most {limit:.3f}x pays"
         if not ratio.details.get("control", {}).get("fit", True):
             return f"latency inconclusive: the machine was too noisy to compare a file with itself ({figures})"
@@ -54,7 +55,8 @@ class Guard(BaseModel):
         """Why losing `drop` points is too much; none when it is not. Judged on the figure, the interval is shown."""
         if drop.value <= self.max_drop:
             return None
-        return f"lost {drop.value:.2f} points (95 % {drop.low:.2f}..{drop.high:.2f}, n={drop.n}), allowed {self.max_drop:g}"
+        interval = f"95 % {drop.low:.2f}..{drop.high:.2f}, n={drop.n}"
+        return f"lost {drop.value:.2f} points ({interval}), allowed {self.max_drop:g}"
 
 
 @dataclass(frozen=True)

@@ -144,5 +144,3 @@ def _fill(model: nn.Module, weights: dict[str, Tensor], spec: ModelSpec, *, keep
 
 def _shape(value: Tensor | None) -> str:
     return "missing" if value is None else str(tuple(value.shape))
-
-

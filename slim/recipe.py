@@ -26,8 +26,6 @@ from slim.contract import Pass
 from slim.errors import RecipeError, did_you_mean
 from slim.pipeline import Guard, Pipeline
 
-FORMAT = "slim/1"
-
 
 class _Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
@@ -121,7 +119,7 @@ def _sourced(value: Any) -> Any:
 class Recipe(_Section):
     """A whole run."""
 
-    format: Literal["slim/1"] = FORMAT
+    format: Literal["slim/1"] = "slim/1"
     """Format of this file."""
     model: Annotated[ModelSpec, BeforeValidator(_named)]
     """The network that goes in."""
@@ -137,9 +135,7 @@ class Recipe(_Section):
     """CPU threads of torch; none leaves torch's choice. The target has threads of its own."""
     guard: Guard = Guard()
     """What a stage must give and may cost."""
-    passes: tuple[
-        Annotated[SerializeAsAny[Pass], BeforeValidator(_parse_pass), PlainSerializer(_dump_pass)], ...
-    ] = ()
+    passes: tuple[Annotated[SerializeAsAny[Pass], BeforeValidator(_parse_pass), PlainSerializer(_dump_pass)], ...] = ()
     """The chain, in order."""
     export: ExportSpec | None = None
     """What the chain ends in; none writes no bundle."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -26,7 +27,7 @@ from slim.measurement import Measurement
 if TYPE_CHECKING:
     from slim.bench.report import Report
 
-Figures = dict[str, Measurement]
+Figures = Mapping[str, Measurement]
 FREE_TO_CHANGE = frozenset({"passes", "guard", "export", "format"})
 """Recipe keys that `--resume` may find changed: finished steps are matched one by one."""
 
@@ -143,9 +144,9 @@ class Run:
     @cached_property
     def report(self) -> Report:
         """report.json, loaded."""
-        from slim.bench.report import Report
+        from slim.bench import report
 
-        return Report.load(self.root / "report.json")
+        return report.load(self.root)
 
     def records(self) -> list[Record]:
         """Every line of steps.jsonl, oldest first."""
@@ -157,7 +158,9 @@ class Run:
             try:
                 records.append(Record.model_validate_json(line))
             except ValidationError as error:
-                raise StoreError(f"{path}: line {number} is not a step record; delete the line to redo the step") from error
+                raise StoreError(
+                    f"{path}: line {number} is not a step record; delete the line to redo the step"
+                ) from error
         return records
 
     def add(self, record: Record) -> None:

@@ -95,7 +95,9 @@ def rebuild(artifact: Artifact) -> nn.Module:
         model.load_state_dict(artifact.state, strict=True)
     except RuntimeError as error:
         detail = " ".join(str(error).split())[:300]
-        raise StoreError(f"{artifact.backbone.name}: the history does not rebuild the saved network: {detail}") from error
+        raise StoreError(
+            f"{artifact.backbone.name}: the history does not rebuild the saved network: {detail}"
+        ) from error
     return model.eval()
 
 

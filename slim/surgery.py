@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any, cast
+
 from torch import nn
 
 
@@ -18,6 +20,6 @@ def classifiers(model: nn.Module) -> frozenset[str]:
     """Dotted names of the classifier modules (timm's `get_classifier`); empty where the network has none to tell."""
     if not hasattr(model, "get_classifier"):
         return frozenset()
-    found = model.get_classifier()
+    found = cast(Any, model).get_classifier()
     heads = {id(head) for head in (found if isinstance(found, tuple | list) else (found,))}
     return frozenset(name for name, module in model.named_modules() if id(module) in heads)

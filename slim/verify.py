@@ -17,7 +17,7 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from slim import costs, store
+from slim import costs
 from slim.artifact import Artifact, Step, state_digest
 from slim.contract import Meter, Pass, Plan
 from slim.errors import StoreError, VerifyError
@@ -40,9 +40,7 @@ def after_pass(pass_: Pass, given: Artifact, model: nn.Module, structure: Signat
     input_unchanged(pass_, given)
     signature_kept(pass_, structure, model)
     nothing_left_behind(pass_, model, may_hold_gates="supernet" in pass_.gives)
-    result = Artifact.of(
-        model, given.backbone, history=(*given.history, step), labels=given.labels, trust=given.trust
-    )
+    result = Artifact.of(model, given.backbone, history=(*given.history, step), labels=given.labels, trust=given.trust)
     # The caller's generator is left as it was; within, a network that draws random numbers gets new ones every call.
     with torch.random.fork_rng(devices=[]):
         outputs = outputs_sound(pass_, model, given)
