@@ -59,10 +59,13 @@ class LowRank(Pass):
         heads, called = surgery.classifiers(model), _called(model, context)
         done = {name for step in context.history if step.name == self.name for name in _factored_by(step)}
         candidates = [(name, module) for name, module in model.named_modules() if _is_matrix(module)]
+        for pattern in self.skip:
+            if not any(fnmatch(name, pattern) for name, _ in candidates):
+                raise PassError(f"low-rank: skip {pattern!r} matches no Linear layer or 1x1 convolution; see `slim show`")
         with context.progress("low-rank: spectra", len(candidates)) as advance:
             for name, module in candidates:
                 advance(1, name)
-                chosen = self._left_dense(name, module, heads, called, done) or self._choose(module)
+                chosen = self._left_dense(name, module, heads, called, done) or self._choose(name, module)
                 (dense if isinstance(chosen, str) else layers)[name] = chosen
         if not layers:
             rule = f"ratio {self.ratio}" if self.ratio is not None else f"energy {self.energy}"
@@ -103,14 +106,18 @@ class LowRank(Pass):
             return "in skip"
         if min(outputs, inputs) < self.min_width:
             return f"narrower than min_width {self.min_width}"
-        if called and name not in called:
+        if name not in called:
             return "its weight is read directly, not called"
         return None
 
-    def _choose(self, layer: Layer) -> dict[str, JsonValue] | str:
+    def _choose(self, name: str, layer: Layer) -> dict[str, JsonValue] | str:
         """What is planned for a layer, or why it stays dense."""
         outputs, inputs = matrix_shape(layer)
+        if not layer.weight.isfinite().all():
+            raise PassError(f"low-rank: layer {name!r} holds values that are not finite; start from weights that are")
         spectrum = torch.linalg.svdvals(as_matrix(layer.weight))
+        if not spectrum.any():
+            return "its weight is zero"
         if self.ratio is None:
             wanted = rank_for_energy(spectrum, self.energy)
         else:
@@ -118,7 +125,8 @@ class LowRank(Pass):
         rank = wanted // self.align * self.align
         if rank == 0:
             return f"rank below one tile of {self.align}"
-        if rank > self.guard * break_even(outputs, inputs):
+        most = break_even(outputs, inputs)
+        if rank > self.guard * most or rank >= most:
             return "its rank would not pay"
         kept = float((spectrum[:rank] ** 2).sum() / (spectrum**2).sum())
         return {
@@ -204,8 +212,7 @@ def _is_matrix(module: nn.Module) -> TypeGuard[Layer]:
 
 def _called(model: nn.Module, context: Context) -> frozenset[str]:
     """Layers that the forward pass calls: some timm attention reads `qkv.weight` itself, which a pair does not have."""
-    if context.backbone is None:
-        return frozenset()
+    assert context.backbone is not None  # Pass.__call__ set it
     seen: set[str] = set()
     hooks = [
         module.register_forward_hook(lambda _m, _i, _o, name=name: seen.add(name))

@@ -21,6 +21,10 @@ from slim.errors import BackboneError, did_you_mean
 
 FRESH = frozenset({"dense", "float"})
 """Traits of an untouched network: full-rank unpruned layers, floating-point values."""
+NOT_STRUCTURE = frozenset(
+    {"cache_dir", "checkpoint_path", "device", "dtype", "pretrained", "pretrained_cfg", "pretrained_cfg_overlay"}
+)
+"""Arguments of timm that say where values come from or lie. Refused: an artifact's file must not have others read."""
 
 
 class Preprocessing(BaseModel):
@@ -70,13 +74,18 @@ class Backbone(BaseModel):
             return self._from_factory(trust)
         import timm
 
-        name = self.name.split(".")[0]
-        if not timm.is_model(name):
-            raise BackboneError(f"model {self.name!r} is not a timm model{did_you_mean(name, timm.list_models())}")
+        if not timm.is_model(self.name):
+            near = did_you_mean(self.name.split(".")[0], timm.list_models())
+            raise BackboneError(f"model {self.name!r} is not a timm model{near}")
+        if refused := sorted(NOT_STRUCTURE & self.kwargs.keys()):
+            raise BackboneError(f"model {self.name!r}: argument {refused[0]!r} is no part of a network; use --weights")
         try:
-            model: nn.Module = timm.create_model(name, pretrained=False, num_classes=self.num_classes, **self.kwargs)
-        except TypeError as error:
-            raise BackboneError(f"model {self.name!r} does not take {self.kwargs}: {error}") from error
+            model: nn.Module = timm.create_model(
+                self.name, pretrained=False, num_classes=self.num_classes, **self.kwargs
+            )
+        except Exception as error:  # timm's constructors fail in as many ways as there are arguments
+            detail = " ".join(str(error).split())[:200] or type(error).__name__
+            raise BackboneError(f"model {self.name!r} cannot be built with {self.kwargs}: {detail}") from error
         return model
 
     def _from_factory(self, trust: bool) -> nn.Module:
@@ -89,9 +98,12 @@ class Backbone(BaseModel):
         module, _, factory = self.name.partition(":")
         try:
             build = getattr(importlib.import_module(module), factory)
-        except (ImportError, AttributeError) as error:
-            raise BackboneError(f"model {self.name!r} cannot be imported: {error}") from error
-        model = build(num_classes=self.num_classes, **self.kwargs)
+        except (ImportError, AttributeError, ValueError) as error:
+            raise BackboneError(f"model {self.name!r} cannot be imported: {error}; check --model") from error
+        try:
+            model = build(num_classes=self.num_classes, **self.kwargs)
+        except TypeError as error:
+            raise BackboneError(f"model {self.name!r} does not take {self.kwargs}: {error}") from error
         if not isinstance(model, nn.Module):
             raise BackboneError(f"model {self.name!r} returned {type(model).__name__}, not a torch module")
         return model
@@ -115,7 +127,7 @@ class Step(BaseModel):
     data_id: str | None = None
     """Fingerprint of the dataset, none where the pass had none."""
     digests: dict[str, str] = {}
-    """`input`, `output` and, where used, `teacher` and `reference`: weights digests."""
+    """`input`, `output` and `reference` (before the stage): digests of artifacts."""
     metrics: dict[str, JsonValue] = {}
     """What was measured right after the step, and what training recorded."""
     environment: dict[str, JsonValue] = {}

@@ -157,6 +157,11 @@ class Pass(BaseModel):
         """Config and plan of an older `version` in today's form; none when there is no way."""
         return None
 
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if cls.__call__ is not Pass.__call__:
+            raise TypeError(f"{cls.__name__}: __call__ is final, for it verifies; write plan, rewrite or fit instead")
+
     @final
     def __call__(self, artifact: Artifact, context: Context | None = None) -> Artifact:
         """Plan -> rewrite -> fit -> verify.
@@ -168,22 +173,25 @@ class Pass(BaseModel):
         from slim import verify
 
         context = replace(context or Context(), history=artifact.history, backbone=artifact.backbone)
-        before = artifact.weights  # taken now, so that a pass that changes its input is found out afterwards
+        reference = context.reference or artifact
+        # Taken now, so that a pass that changes what it was given is found out afterwards.
+        digests = {"input": artifact.digest, "reference": reference.digest}
+        config = verify.config_returns(self)
         teacher = artifact.model()
-        plan = on_main(lambda: verify.plain_json(self, self.plan(teacher, context)))
+        plan = on_main(lambda: verify.plain_json(self, "plan", self.plan(teacher, context)))
         model = self.rewrite(artifact.model(), plan)
         structure = verify.signature(model)
         figures = self.fit(model, teacher, context) or {}
         step = Step(
             name=self.name,
             version=self.version,
-            config=self.model_dump(mode="json"),
+            config=config,
             plan=plan,
             seed=context.seed,
             data_id=context.data.id if context.data else None,
-            digests={"input_weights": before},
-            metrics=figures,
+            digests=digests,
+            metrics=verify.plain_json(self, "figures", figures),
             environment={"versions": dict(environment.versions())},
             guard=context.guard,
         )
-        return verify.after_pass(self, artifact, model, structure, step)
+        return verify.after_pass(self, (artifact, reference), model, structure, step)

@@ -1,11 +1,13 @@
 """Artifacts on disk: `slim.json` + `weights.safetensors`, replayed, never unpickled.
 
-Loading builds the backbone, applies every step's `rewrite` in order, loads the values strictly and compares the digest.
-Everything is written beside its place and renamed, so a full disk or a Ctrl-C leaves the last good file whole.
+Loading builds the backbone, applies every step's `rewrite` in order and loads the values strictly. A digest covers the
+values, and another all of `slim.json`, so that a byte changed in either is found. Everything is written beside its place
+and renamed, so a full disk or a Ctrl-C leaves the last good file whole.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -21,7 +23,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import Tensor, nn
 
 from slim.artifact import FRESH, Artifact, Backbone, Step
-from slim.errors import StoreError
+from slim.errors import RecipeError, StoreError
 
 FORMAT = "slim/1"
 MANIFEST = "slim.json"
@@ -37,30 +39,40 @@ class Manifest(BaseModel):
     backbone: Backbone
     labels: tuple[str, ...] | None
     weights: str
-    digest: str
+    """Digest of the values."""
     history: tuple[Step, ...]
+    digest: str
+    """sha256 over everything above."""
 
 
 def save(artifact: Artifact, folder: str | Path) -> Path:
-    """Write `artifact` as a folder; an existing one is replaced only when the new one is whole.
+    """Write `artifact` as a folder. An older artifact there is replaced once the new one is whole, anything else never.
 
     Raises:
-        StoreError: the disk is full, or the folder cannot be written.
+        StoreError: the disk is full, or the place is taken or not writable.
     """
     folder = Path(folder)
-    manifest = Manifest(
-        format=FORMAT,
-        backbone=artifact.backbone,
-        labels=artifact.labels,
-        weights=artifact.weights,
-        digest=artifact.digest,
-        history=artifact.history,
-    )
+    if folder.exists() and not ((folder / MANIFEST).is_file() or (folder.is_dir() and not any(folder.iterdir()))):
+        raise StoreError(f"{folder}: exists and is not an artifact (no {MANIFEST}); choose another place")
+    content = {
+        "format": FORMAT,
+        "backbone": artifact.backbone.model_dump(mode="json"),
+        "labels": artifact.labels,
+        "weights": artifact.weights,
+        "history": [step.model_dump(mode="json") for step in artifact.history],
+    }
+    manifest = {**content, "digest": content_digest(content)}
     with writing_folder(folder) as partial:
-        # `safetensors.torch.save` refuses tensors that share memory; an artifact's were cloned one by one.
-        write_bytes(partial / WEIGHTS, safetensors.torch.save(dict(artifact.state)))
-        write_text(partial / MANIFEST, manifest.model_dump_json(indent=1))
+        # safetensors refuses tensors that share memory; an artifact's were cloned one by one.
+        _put(partial / WEIGHTS, safetensors.torch.save(dict(artifact.state)))
+        _put(partial / MANIFEST, json.dumps(manifest, indent=1, allow_nan=False).encode())
     return folder
+
+
+def content_digest(manifest: Mapping[str, Any]) -> str:
+    """sha256 over a manifest as plain JSON, without its own `digest`."""
+    content = {key: value for key, value in manifest.items() if key != "digest"}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def load(folder: str | Path, *, trust: bool = False) -> Artifact:
@@ -68,46 +80,57 @@ def load(folder: str | Path, *, trust: bool = False) -> Artifact:
 
     Raises:
         StoreError: missing, truncated, edited, or written by a newer slim.
+        BackboneError: a `package.module:factory` backbone without `trust`.
     """
     folder = Path(folder)
     manifest = _manifest(folder)
+    history = tuple(_migrated(step, folder / MANIFEST) for step in manifest.history)
     state = read_tensors(folder / WEIGHTS)
-    history = tuple(_migrated(step, folder) for step in manifest.history)
     artifact = Artifact(manifest.backbone, state, history, manifest.labels, trust)
     if artifact.weights != manifest.weights:
         raise StoreError(
             f"{folder / WEIGHTS}: digest {artifact.weights[:12]} is not {manifest.weights[:12]} of {MANIFEST}; "
             "the weights were changed after saving, restore both files from one copy"
         )
-    if artifact.digest != manifest.digest and history == manifest.history:
-        raise StoreError(
-            f"{folder / MANIFEST}: digest {artifact.digest[:12]} is not the recorded {manifest.digest[:12]}; "
-            "the backbone or a plan was edited after saving, restore the file from a copy"
-        )
     rebuild(artifact)
     return artifact
 
 
 def rebuild(artifact: Artifact) -> nn.Module:
-    """Backbone + every step's rewrite + values; a plain module on the CPU, in eval mode."""
+    """Backbone + every step's rewrite + values; a plain module on the CPU, in eval mode.
+
+    Raises:
+        StoreError: the history does not rebuild a network with these keys and shapes.
+    """
     model = replay(artifact.backbone, artifact.history, trust=artifact.trust)
     try:
         model.load_state_dict(artifact.state, strict=True)
     except RuntimeError as error:
-        detail = " ".join(str(error).split())[:300]
         raise StoreError(
-            f"{artifact.backbone.name}: the history does not rebuild the saved network: {detail}"
+            f"{artifact.backbone.name}: the history does not rebuild the network ({_line(error)}); "
+            "use the versions that it names"
         ) from error
     return model.eval()
 
 
 def replay(backbone: Backbone, history: tuple[Step, ...], *, trust: bool = False) -> nn.Module:
-    """A freshly built network after every step's rewrite; its values are whatever the builders left."""
+    """A freshly built network after every step's rewrite; its values are whatever the builders left.
+
+    Raises:
+        StoreError: a step that cannot be applied, because timm builds another network today.
+    """
     from slim.passes import resolve
 
     model = backbone.build(trust=trust)
-    for step in history:
-        model = resolve(step.name)(**step.config).rewrite(model, dict(step.plan))
+    for number, step in enumerate(history, 1):
+        # What a rewrite raises on a network it was not planned for depends on the pass.
+        try:
+            model = resolve(step.name)(**step.config).rewrite(model, dict(step.plan))
+        except Exception as error:
+            raise StoreError(
+                f"{backbone.name}: step {number} {step.name!r} cannot be applied again ({_line(error)}); "
+                "use the versions that it names"
+            ) from error
     return model
 
 
@@ -145,10 +168,7 @@ def write_bytes(path: Path, data: bytes) -> None:
     """Write beside and rename. Raises StoreError when the disk is full or the place not writable."""
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
-        with partial.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
+        _put(partial, data)
         partial.replace(path)
     except OSError as error:
         raise StoreError(f"{path}: cannot be written: {error.strerror}; nothing was replaced") from error
@@ -156,9 +176,20 @@ def write_bytes(path: Path, data: bytes) -> None:
         partial.unlink(missing_ok=True)
 
 
+def _put(path: Path, data: bytes) -> None:
+    with path.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
 @contextmanager
 def writing_folder(folder: Path) -> Iterator[Path]:
-    """An empty folder beside `folder` that takes its place when the block ends well, and vanishes when it does not."""
+    """An empty folder beside `folder` that takes its place when the block ends well, and vanishes when it does not.
+
+    Raises:
+        StoreError: the disk is full, or the place not writable; what was there before is there still.
+    """
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".partial", dir=folder.parent))
@@ -167,15 +198,27 @@ def writing_folder(folder: Path) -> Iterator[Path]:
     try:
         partial.chmod(0o777 & ~_umask())
         yield partial
-        replaced = partial.with_suffix(".replaced")
-        if folder.exists():
-            folder.rename(replaced)
-        partial.rename(folder)
-        shutil.rmtree(replaced, ignore_errors=True)
+        _replace(folder, partial)
     except OSError as error:
         raise StoreError(f"{folder}: cannot be written: {error.strerror}; nothing was replaced") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def _replace(folder: Path, new: Path) -> None:
+    """Put `new` where `folder` is; when that fails, or is interrupted, the old folder is put back."""
+    old = new.with_suffix(".replaced")
+    if not folder.exists():
+        new.rename(folder)
+        return
+    try:
+        folder.rename(old)
+        new.rename(folder)
+    except BaseException:
+        if old.exists() and not folder.exists():
+            old.rename(folder)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def _umask() -> int:
@@ -189,29 +232,45 @@ def _manifest(folder: Path) -> Manifest:
     if not path.is_file():
         raise StoreError(f"{folder}: holds no {MANIFEST}; an artifact is a folder with {MANIFEST} and {WEIGHTS}")
     try:
-        data: Mapping[str, Any] = json.loads(path.read_bytes())
-        if data["format"] != FORMAT:
-            raise StoreError(f"{path}: format {data['format']!r} is not {FORMAT!r}; use the slim that wrote it")
+        data: dict[str, Any] = json.loads(path.read_bytes())
+        written, recorded = data["format"], data.get("digest")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise StoreError(f"{path}: not an artifact's {MANIFEST} ({error}); restore the file from a copy") from error
+    if written != FORMAT:
+        raise StoreError(f"{path}: format {written!r} is not {FORMAT!r}; use the slim that wrote it")
+    digest = content_digest(data)
+    if digest != recorded:
+        raise StoreError(
+            f"{path}: digest {digest[:12]} is not the recorded {str(recorded)[:12]}; "
+            "the file was edited after saving, restore it from a copy"
+        )
+    try:
         return Manifest.model_validate(data)
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(str(part) for part in first["loc"])
-        raise StoreError(f"{path}: {place}: {first['msg']}; restore the file from a copy") from error
-    except (ValueError, KeyError, TypeError) as error:
-        raise StoreError(f"{path}: not an artifact's {MANIFEST} ({error}); restore the file from a copy") from error
+        raise StoreError(f"{path}: {place}: {first['msg']}; use the slim that wrote it") from error
 
 
-def _migrated(step: Step, folder: Path) -> Step:
+def _migrated(step: Step, path: Path) -> Step:
     from slim.passes import resolve
 
-    pass_class = resolve(step.name)
+    try:
+        pass_class = resolve(step.name)
+    except RecipeError as error:
+        raise StoreError(f"{path}: {error}") from error
     if step.version == pass_class.version:
         return step
-    migrated = pass_class.migrate(step.version, dict(step.config), dict(step.plan))
-    if step.version > pass_class.version or migrated is None:
+    older = step.version < pass_class.version
+    migrated = pass_class.migrate(step.version, dict(step.config), dict(step.plan)) if older else None
+    if migrated is None:
         raise StoreError(
-            f"{folder / MANIFEST}: step {step.name!r} has version {step.version}, this slim reads version "
+            f"{path}: step {step.name!r} has version {step.version}, this slim reads version "
             f"{pass_class.version}; use the slim that wrote it"
         )
     config, plan = migrated
     return step.model_copy(update={"version": pass_class.version, "config": config, "plan": plan})
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300]

@@ -9,7 +9,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,26 +18,37 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from slim import costs
-from slim.artifact import Artifact, Step, state_digest
+from slim.artifact import Artifact, Step
 from slim.contract import Meter, Pass, Plan
 from slim.errors import StoreError, VerifyError
 from slim.measurement import Measurement
 
 Signature = dict[str, tuple[tuple[int, ...], torch.dtype]]
 
-REPLAY_TOLERANCE = 1e-5
-"""Largest difference between the network in hand and its replay, relative to the largest output. Their values are
-bit-identical; kernels may still add in another order where memory formats differ."""
+REPLAY_TOLERANCE = 1e-4
+"""Largest difference between the network in hand and its replay, as a share of the largest output. Their values are
+bit-identical; kernels still add in another order where memory formats differ, which is some 1e-6. A value that the
+replay lacks shows at 1e-2 and more."""
 
 
-def after_pass(pass_: Pass, given: Artifact, model: nn.Module, structure: Signature, step: Step) -> Artifact:
-    """The artifact after a pass, once every invariant held. `structure` is the signature `rewrite` left.
+def after_pass(
+    pass_: Pass, inputs: tuple[Artifact, Artifact], model: nn.Module, structure: Signature, step: Step
+) -> Artifact:
+    """The artifact after a pass, once every invariant held.
+
+    Args:
+        pass_: what was applied.
+        inputs: the artifact it was applied to, and the one before the stage.
+        model: what it left.
+        structure: signature of the network as `rewrite` left it.
+        step: the new entry of the history, which gets the digest of the result.
 
     Raises:
         VerifyError: names the pass and what it broke.
     """
+    given = inputs[0]
     model.eval()
-    input_unchanged(pass_, given)
+    input_unchanged(pass_, *inputs)
     signature_kept(pass_, structure, model)
     nothing_left_behind(pass_, model, may_hold_gates="supernet" in pass_.gives)
     result = Artifact.of(model, given.backbone, history=(*given.history, step), labels=given.labels, trust=given.trust)
@@ -46,9 +57,8 @@ def after_pass(pass_: Pass, given: Artifact, model: nn.Module, structure: Signat
         outputs = outputs_sound(pass_, model, given)
         replayed(pass_, result, model, outputs)
     cost_not_grown(pass_, given, model)
-    digests = {**step.digests, "input": given.digest, "output": result.digest}
-    history = (*given.history, step.model_copy(update={"digests": digests}))
-    return Artifact(given.backbone, result.state, history, given.labels, given.trust)
+    done = step.model_copy(update={"digests": {**step.digests, "output": result.digest}})
+    return replace(result, history=(*given.history, done))
 
 
 def ship(artifact: Artifact, meter: Meter) -> Measurement:
@@ -61,10 +71,11 @@ def signature(model: nn.Module) -> Signature:
     return {key: (tuple(value.shape), value.dtype) for key, value in model.state_dict().items()}
 
 
-def input_unchanged(pass_: Pass, given: Artifact) -> None:
-    """Invariant 1. The digest in the artifact was taken before the pass ran."""
-    if state_digest(given.state) != given.weights:
-        raise VerifyError(f"{pass_.name}: changed the artifact it was given; work on the module, it is a copy")
+def input_unchanged(pass_: Pass, *inputs: Artifact) -> None:
+    """Invariant 1. The digests kept in the artifacts were taken before the pass ran."""
+    for given in inputs:
+        if replace(given).digest != given.digest:
+            raise VerifyError(f"{pass_.name}: changed an artifact it was given; work on the module, it is a copy")
 
 
 def signature_kept(pass_: Pass, before: Signature, model: nn.Module) -> None:
@@ -80,27 +91,37 @@ def replayed(pass_: Pass, result: Artifact, model: nn.Module, outputs: Tensor) -
     """Invariant 3: what is saved rebuilds the network in hand, and computes the same."""
     try:
         rebuilt = result.model()
-    except (StoreError, AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
-        detail = " ".join(str(error).split())[:200]
-        raise VerifyError(f"{pass_.name}: replay fails ({detail}); rewrite must need nothing but its plan") from error
+    except StoreError as error:
+        raise VerifyError(f"{pass_.name}: replay fails: {error}; rewrite must need nothing but its plan") from error
     if signature(rebuilt) != signature(model):
         raise VerifyError(f"{pass_.name}: replay gives other keys, shapes or dtypes; rewrite must need only its plan")
-    again = _forward(rebuilt, result, batch=2)
-    if not torch.allclose(again, outputs, rtol=0, atol=REPLAY_TOLERANCE * max(1.0, float(outputs.abs().max()))):
-        worst = float((again - outputs).abs().max())
+    worst = float((_forward(pass_, rebuilt, result, batch=2) - outputs).abs().max())
+    if not worst <= REPLAY_TOLERANCE * float(outputs.abs().max()):
         raise VerifyError(f"{pass_.name}: the replayed network differs by {worst:.3g}; it has state outside its values")
 
 
-def plain_json(pass_: Pass, plan: Plan) -> Plan:
-    """Invariant 4: the plan and the configuration as JSON gives them back."""
+def config_returns(pass_: Pass) -> Plan:
+    """Invariant 4 for the configuration; it as JSON gives it back."""
+    config = plain_json(pass_, "configuration", pass_.model_dump(mode="json"))
     try:
-        again: Plan = json.loads(json.dumps(plan, allow_nan=False))
-        config = type(pass_)(**json.loads(json.dumps(pass_.model_dump(mode="json"), allow_nan=False)))
-    except (TypeError, ValueError, ValidationError) as error:
-        raise VerifyError(f"{pass_.name}: configuration or plan is not plain JSON: {error}") from error
-    if again != plan or config != pass_:
-        what = "plan" if again != plan else "configuration"
-        raise VerifyError(f"{pass_.name}: its {what} comes back changed from JSON; use str keys and plain values")
+        same = type(pass_)(**config) == pass_
+    except ValidationError as error:
+        detail = error.errors()[0]["msg"]
+        raise VerifyError(f"{pass_.name}: its configuration cannot be read back: {detail}; mend its fields") from error
+    if not same:
+        raise VerifyError(f"{pass_.name}: its configuration comes back changed from JSON; use fields that it can hold")
+    return config
+
+
+def plain_json(pass_: Pass, what: str, value: Plan) -> Plan:
+    """Invariant 4 for the plan, and for whatever else goes into the history; it as JSON gives it back."""
+    rule = "use a dict with str keys, lists and finite numbers"
+    try:
+        again = json.loads(json.dumps(value, allow_nan=False))
+    except (TypeError, ValueError) as error:
+        raise VerifyError(f"{pass_.name}: its {what} is not plain JSON ({error}); {rule}") from error
+    if again != value or not isinstance(again, dict):
+        raise VerifyError(f"{pass_.name}: its {what} comes back changed from JSON; {rule}")
     return again
 
 
@@ -108,12 +129,14 @@ def outputs_sound(pass_: Pass, model: nn.Module, given: Artifact) -> Tensor:
     """Invariant 5; the outputs at batch 2, (2, classes)."""
     classes = given.backbone.num_classes
     for batch in (1, 2):
-        outputs = _forward(model, given, batch=batch)
+        outputs = _forward(pass_, model, given, batch=batch)
         if outputs.shape != (batch, classes):
-            raise VerifyError(f"{pass_.name}: outputs have shape {tuple(outputs.shape)}, not {(batch, classes)}")
+            raise VerifyError(
+                f"{pass_.name}: outputs have shape {tuple(outputs.shape)}, not {(batch, classes)}; leave the classifier"
+            )
         if not outputs.isfinite().all():
-            raise VerifyError(f"{pass_.name}: outputs at batch {batch} are not finite")
-        if not torch.equal(outputs, _forward(model, given, batch=batch)):
+            raise VerifyError(f"{pass_.name}: outputs at batch {batch} are not finite; look at the values fit leaves")
+        if not torch.equal(outputs, _forward(pass_, model, given, batch=batch)):
             raise VerifyError(f"{pass_.name}: outputs differ between two calls in eval mode; remove the randomness")
     return outputs
 
@@ -121,11 +144,12 @@ def outputs_sound(pass_: Pass, model: nn.Module, given: Artifact) -> Tensor:
 def nothing_left_behind(pass_: Pass, model: nn.Module, *, may_hold_gates: bool = False) -> None:
     """Invariant 6: no hooks, parametrizations or stray devices. A supernet may carry its gates."""
     for name, module in model.named_modules():
+        place = repr(name) if name else "the network"
         if not may_hold_gates and any(getattr(module, hooks) for hooks in _HOOKS):
-            raise VerifyError(f"{pass_.name}: left a hook on {name or 'the network'!r}; remove it before fit returns")
+            raise VerifyError(f"{pass_.name}: left a hook on {place}; remove it before fit returns")
         if parametrize.is_parametrized(module):
-            raise VerifyError(f"{pass_.name}: left a parametrization on {name!r}; remove_parametrizations in fit")
-    for name, value in _values(model):
+            raise VerifyError(f"{pass_.name}: left a parametrization on {place}; register and remove it within fit")
+    for name, value in (*model.named_parameters(), *model.named_buffers()):
         if value.device.type != "cpu":
             raise VerifyError(f"{pass_.name}: left {name!r} on {value.device}; move the network back to the CPU")
 
@@ -138,22 +162,26 @@ def cost_not_grown(pass_: Pass, given: Artifact, model: nn.Module) -> None:
     before, after = costs.count(given.model(), size), costs.count(model, size)
     for cost in sorted(pass_.shrinks):
         if after[cost] > before[cost]:
-            raise VerifyError(f"{pass_.name}: claims to shrink {cost}, grew it from {before[cost]} to {after[cost]}")
+            raise VerifyError(
+                f"{pass_.name}: claims to shrink {cost}, grew it from {before[cost]} to {after[cost]}; "
+                "leave the layers alone that do not pay"
+            )
 
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
-def _values(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    yield from model.named_parameters()
-    yield from model.named_buffers()
-
-
-def _forward(model: nn.Module, given: Artifact, *, batch: int) -> Tensor:
+def _forward(pass_: Pass, model: nn.Module, given: Artifact, *, batch: int) -> Tensor:
     generator = torch.Generator().manual_seed(batch)
     images = torch.randn(batch, *given.backbone.input.size, generator=generator)
-    with torch.inference_mode():
-        outputs: Any = model(images)
+    try:
+        with torch.inference_mode():
+            outputs: Any = model(images)
+    except Exception as error:  # whatever a network can raise
+        detail = " ".join(str(error).split())[:200]
+        raise VerifyError(
+            f"{pass_.name}: the network fails at batch {batch} ({detail}); what was rewritten does not fit its place"
+        ) from error
     if not isinstance(outputs, Tensor):
-        raise VerifyError(f"the network returned {type(outputs).__name__}, not a tensor of logits")
+        raise VerifyError(f"{pass_.name}: the network returned {type(outputs).__name__}, not a tensor of logits")
     return outputs

@@ -1,0 +1,33 @@
+# Two commands: `make demo` and `make test`. Both set up .venv first, once; neither needs more than Python 3.11 and PyPI.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.PHONY: demo test lint types clean
+
+demo: $(READY)
+	$(BIN)/slim demo
+
+test: lint types
+	$(BIN)/python -m pytest
+
+lint: $(READY)
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+
+types: $(READY)
+	$(BIN)/mypy
+
+# uv does in seconds what pip does in minutes, but pip is enough.
+$(READY): pyproject.toml setup.py
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	if command -v uv >/dev/null; then \
+		uv pip install --python $(BIN)/python --editable '.[cpu,dev]'; \
+	else \
+		$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[cpu,dev]'; \
+	fi
+	touch $(READY)
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info runs
