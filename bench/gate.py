@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from pathlib import Path
 
 from slim import costs, environment
@@ -10,7 +12,7 @@ from slim.bench.budget import METRICS, Verdict
 from slim.bench.measure import measure_accuracy
 from slim.contract import Progress, no_progress
 from slim.data import open_data
-from slim.errors import UsageError
+from slim.errors import StoreError, UsageError
 from slim.export.target import Target
 from slim.measurement import Measurement
 from slim.recipe import parse, read
@@ -18,22 +20,31 @@ from slim.runs import Figures, Run, open_run
 
 
 def gate(
-    run_folder: Path, budgets: Path, *, stored: bool = False, seed: int = 0, progress: Progress = no_progress
+    run_folder: str | Path,
+    budgets: str | Path,
+    *,
+    stored: bool = False,
+    trust: bool = False,
+    seed: int = 0,
+    progress: Progress = no_progress,
 ) -> tuple[Verdict, ...]:
-    """A verdict on each budget of the file `budgets`.
+    """A verdict on each budget of the file `budgets`. Writes nothing.
 
     Args:
         run_folder: a run with a bundle.
         budgets: budgets.yaml.
         stored: judge the figures of report.json instead of measuring again.
+        trust: import the run's `package.module:factory` backbone, which counting its parameters needs.
         seed: of the inputs and the bootstrap.
         progress: shown while measuring.
 
     Raises:
         UsageError: no such run or file, or a figure that this run cannot give.
+        StoreError: the bundle holds another file than the one that was measured.
         TargetError: the runtime is not installed.
     """
-    wanted, run = budget.load(budgets), open_run(run_folder)
+    wanted, run = budget.load(Path(budgets)), open_run(Path(run_folder), trust=trust)
+    candidate = shipped(run)
     target, here = Target.parse(wanted.target), environment.fingerprint()
     metrics = budget.needs(wanted.budgets, fingerprint=here)
     # Rounds are added while this limit is undecided; with two of them, the first.
@@ -41,8 +52,32 @@ def gate(
     if stored:
         figures = _stored(run, target, metrics, here)
     else:
-        figures = _measured(run, target, metrics, limit, seed, progress)
+        figures = _measured(run, candidate, target, metrics, limit, seed, progress)
     return budget.judge(wanted.budgets, figures, fingerprint=here)
+
+
+def shipped(run: Run) -> Path:
+    """The file that the run ships, once it is known to be the one that was measured.
+
+    Raises:
+        UsageError: the run has no bundle.
+        StoreError: the file or its description was changed since.
+    """
+    file, manifest = run.bundle / "model.onnx", run.bundle / "bundle.json"
+    for path in (file, manifest):
+        if not path.is_file():
+            raise UsageError(f"{path}: is missing; end the chain of `slim run` with export")
+    try:
+        recorded = json.loads(manifest.read_bytes())["files"][file.name]["sha256"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise StoreError(f"{manifest}: names no sha256 of {file.name}; write the bundle again") from error
+    found = hashlib.sha256(file.read_bytes()).hexdigest()
+    if found != recorded:
+        raise StoreError(
+            f"{file}: sha256 {found[:12]} is not {str(recorded)[:12]} of bundle.json; the file was changed after it "
+            "was measured, write the bundle again"
+        )
+    return file
 
 
 def _stored(run: Run, target: Target, metrics: frozenset[str], here: str) -> Figures:
@@ -56,12 +91,16 @@ def _stored(run: Run, target: Target, metrics: frozenset[str], here: str) -> Fig
 
 
 def _measured(
-    run: Run, target: Target, metrics: frozenset[str], limit: float | None, seed: int, progress: Progress
+    run: Run,
+    candidate: Path,
+    target: Target,
+    metrics: frozenset[str],
+    limit: float | None,
+    seed: int,
+    progress: Progress,
 ) -> Figures:
-    candidate = run.bundle / "model.onnx"
-    for path in (candidate, run.dense):
-        if not path.is_file():
-            raise UsageError(f"{path}: is missing; end the chain of `slim run` with export")
+    if not run.dense.is_file():
+        raise UsageError(f"{run.dense}: is missing; finish the run with `slim run --resume`")
     figures: dict[str, Measurement] = {
         "size_bytes": Measurement(metric="size_bytes", value=candidate.stat().st_size, unit="bytes"),
     }

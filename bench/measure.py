@@ -32,7 +32,11 @@ EVAL_BATCH = 32
 
 @dataclass(frozen=True)
 class TargetMeter:
-    """slim.contract.Meter on one target. Each artifact is exported, and each question about it answered, once."""
+    """slim.contract.Meter on one target.
+
+    Each network is exported once, and each question about an exported file answered once: networks that export to the
+    same bytes have the same figures.
+    """
 
     on: Target
     preprocessing: Preprocessing
@@ -63,24 +67,29 @@ class TargetMeter:
 
     def parity(self, model: Artifact | nn.Module) -> Measurement:
         """Largest absolute difference between torch and the exported file. Raises ParityError."""
-        path = self.export(model).path
-        return self._once(("parity", path.name), lambda: parity(_module(model), path, self._sample(), target=self.on))
+        file = self.export(model)
+        return self._once(
+            ("parity", file.sha256), lambda: parity(_module(model), file.path, self._sample(), target=self.on)
+        )
 
     def latency(self, model: Artifact | nn.Module) -> Measurement:
         """p50 in ms of one call at the target's batch size."""
-        path = self.export(model).path
+        file = self.export(model)
         return self._once(
-            ("latency", path.name), lambda: latency.latency(path, self.on, seed=self.seed, progress=self.progress)
+            ("latency", file.sha256),
+            lambda: latency.latency(file.path, self.on, seed=self.seed, progress=self.progress),
         )
 
     def compare(
         self, candidate: Artifact | nn.Module, reference: Artifact | nn.Module, *, limit: float | None = None
     ) -> Measurement:
         """Ratio of latencies candidate / reference; below 1 is faster. Measured longer while `limit` is undecided."""
-        ours, theirs = self.export(candidate).path, self.export(reference).path
+        ours, theirs = self.export(candidate), self.export(reference)
         return self._once(
-            ("compare", ours.name, theirs.name, str(limit)),
-            lambda: latency.compare(ours, theirs, self.on, seed=self.seed, limit=limit, progress=self.progress),
+            ("compare", ours.sha256, theirs.sha256, str(limit)),
+            lambda: latency.compare(
+                ours.path, theirs.path, self.on, seed=self.seed, limit=limit, progress=self.progress
+            ),
         )
 
     def accuracy(self, model: Artifact | nn.Module) -> Measurement:
@@ -89,8 +98,8 @@ class TargetMeter:
         Raises:
             DataError: the run has no validation split.
         """
-        path = self.export(model).path
-        return self._once(("accuracy", path.name), lambda: self._accuracy(path))
+        file = self.export(model)
+        return self._once(("accuracy", file.sha256), lambda: self._accuracy(file.path))
 
     def drop(self, candidate: Artifact | nn.Module, reference: Artifact | nn.Module) -> Measurement:
         """Top-1 points lost, paired on the same images; above 0 is worse."""

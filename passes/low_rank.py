@@ -60,8 +60,8 @@ class LowRank(Pass):
         done = {name for step in context.history if step.name == self.name for name in _factored_by(step)}
         candidates = [(name, module) for name, module in model.named_modules() if _is_matrix(module)]
         for pattern in self.skip:
-            if not any(fnmatch(name, pattern) for name, _ in candidates):
-                raise PassError(f"low-rank: skip {pattern!r} matches no Linear layer or 1x1 convolution; see `slim show`")
+            if candidates and not any(fnmatch(name, pattern) for name, _ in candidates):
+                raise PassError(f"low-rank: skip {pattern!r} matches no layer; names are such as {candidates[0][0]!r}")
         with context.progress("low-rank: spectra", len(candidates)) as advance:
             for name, module in candidates:
                 advance(1, name)
@@ -69,10 +69,8 @@ class LowRank(Pass):
                 (dense if isinstance(chosen, str) else layers)[name] = chosen
         if not layers:
             rule = f"ratio {self.ratio}" if self.ratio is not None else f"energy {self.energy}"
-            reasons = sorted({str(reason) for reason in dense.values()}) or [
-                "it has no Linear layer or 1x1 convolution"
-            ]
-            raise PassError(f"low-rank: {rule} leaves every layer dense ({'; '.join(reasons[:3])}); lower it")
+            reasons = sorted({str(reason) for reason in dense.values()}) or ["no Linear layer or 1x1 convolution"]
+            raise PassError(f"low-rank: {rule} leaves every layer dense ({'; '.join(reasons)}); lower it or min_width")
         return {"layers": layers, "dense": dense}
 
     def rewrite(self, model: nn.Module, plan: Plan) -> nn.Module:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin
@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin
 import click
 
 from slim import __version__
-from slim.errors import EXIT_INTERRUPTED, SlimError, UsageError, did_you_mean
+from slim.errors import EXIT_INTERRUPTED, SlimError, did_you_mean
 
 if TYPE_CHECKING:
     from slim.contract import Pass
@@ -29,30 +29,11 @@ Exit codes:
   2    option, recipe, data or order    6    exported file differs from the network
   3    budget missed                    130  interrupted"""
 
-PLACES = {
-    "model": "model.name",
-    "weights": "model.weights",
-    "input_size": "model.input.size",
-    "mean": "model.input.mean",
-    "std": "model.input.std",
-    "crop": "model.input.crop",
-    "interpolation": "model.input.interpolation",
-    "data": "data.source",
-    "split": "data.split",
-    "unlabeled": "data.unlabeled",
-    "calib": "data.calib",
-    "batch_size": "data.batch_size",
-    "workers": "data.workers",
-    "limit_train": "data.limit.train",
-    "limit_val": "data.limit.val",
-    "target": "target",
-    "seed": "seed",
-    "device": "device",
-    "threads": "threads",
-    "max_drop": "guard.max_drop",
-    "min_gain": "guard.min_gain",
-}
-"""Option of `slim run` -> its place in a recipe."""
+
+EXAMPLE = """\b
+Example:
+  slim run --model resnet50 --data folder:/data --target ort:cpu --out runs/r50 \\
+      low-rank --energy 0.9  finetune --epochs 10  export"""
 
 
 class Suggesting(click.Group):
@@ -92,7 +73,23 @@ class Chain(Suggesting):
             formatter.write_dl(rows)
 
 
-@click.group(cls=Suggesting, epilog=EXIT_CODES, context_settings={"help_option_names": ["-h", "--help"]})
+class PassCommand(click.Command):
+    """A link of the chain; an option of `slim run` found behind it is sent back to its place."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Click's, with a better word for an option that stands too late."""
+        try:
+            return super().parse_args(ctx, args)
+        except click.NoSuchOption as error:
+            if any(error.option_name in option.opts for option in run.params):
+                ctx.fail(f"{error.option_name} belongs to the run, not to {self.name!r}; put it before the first pass")
+            raise
+
+
+SETTINGS = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
+
+
+@click.group(cls=Suggesting, epilog=EXIT_CODES, context_settings=SETTINGS)
 @click.version_option(__version__, prog_name="slim")
 def cli() -> None:
     """Compress vision backbones, judged in milliseconds on the runtime they are served on."""
@@ -100,49 +97,59 @@ def cli() -> None:
 
 def shared(command: Callable[..., Any]) -> Callable[..., Any]:
     """`--json` and `--quiet`, which every command has."""
-    command = click.option("--quiet", is_flag=True, help="Say nothing but the result and errors.")(command)
+    command = click.option("--quiet", is_flag=True, help="Say nothing but the result, warnings and errors.")(command)
     return click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")(command)
 
 
-@cli.group(cls=Chain, chain=True, invoke_without_command=True, epilog=EXIT_CODES)
-@click.option("-f", "recipe_file", type=click.Path(path_type=Path), help="Recipe to run; options override it.")
+def fed(command: Callable[..., Any]) -> Callable[..., Any]:
+    """How images become the network's input; each overrides what is known of the network."""
+    for option in (
+        click.option("--interpolation", metavar="NAME", help="nearest, bilinear or bicubic: how images are resized."),
+        click.option("--crop", type=float, metavar="SHARE", help="What the centre crop keeps of the resized image."),
+        click.option("--std", metavar="R,G,B", help="What values in [0, 1] are divided by, after --mean."),
+        click.option("--mean", metavar="R,G,B", help="What is subtracted from values in [0, 1]."),
+        click.option("--input-size", metavar="PIXELS|C,H,W", help="Size of the network's input."),
+    ):
+        command = option(command)
+    return command
+
+
+TRUST = click.option("--trust", is_flag=True, help="Import a package.module:factory model: runs that code.")
+
+
+@cli.group(cls=Chain, chain=True, invoke_without_command=True, epilog=f"{EXAMPLE}\n\n{EXIT_CODES}")
+@click.option("-f", "recipe_file", metavar="RECIPE", type=click.Path(path_type=Path), help="YAML; options override it.")
 @click.option("--set", "assignments", multiple=True, metavar="KEY=VALUE", help="passes.1.energy=0.9; counts from 0.")
-@click.option("--model", help="timm model name, or package.module:factory with --trust.")
+@click.option("--model", metavar="NAME", help="timm's name, or package.module:factory with --trust.")
 @click.option("--model-arg", "model_args", multiple=True, metavar="KEY=VALUE", help="Argument of the timm model.")
-@click.option("--weights", help="pretrained (default), none, or a .safetensors file.")
-@click.option("--mean", metavar="R,G,B", help="Overrides timm's data config, as do the next four.")
-@click.option("--std", metavar="R,G,B")
-@click.option("--crop", type=float)
-@click.option("--interpolation")
-@click.option("--input-size", metavar="PIXELS|C,H,W")
-@click.option("--data", help="digits, folder:/path, tar:/path or torchvision:NAME@/path.")
+@click.option("--weights", metavar="WHICH", help="pretrained (the default), none, or a .safetensors file.")
+@fed
+@click.option("--data", metavar="SOURCE", help="digits, folder:/path, tar:/path or torchvision:NAME@/path.")
 @click.option("--split", metavar="train=0.8,val=0.2", help="Cuts class folders that have no train and val.")
 @click.option("--unlabeled", metavar="FOLDER", help="Plain images.")
-@click.option("--calib", type=int, help="Images set aside for calibration.")
-@click.option("--batch-size", type=int, help="Images of one optimiser step, over all processes.")
-@click.option("--workers", type=int, help="Reader processes.")
-@click.option("--limit-train", type=int, help="Use only so many training images.")
-@click.option("--limit-val", type=int, help="Use only so many validation images.")
-@click.option("--target", metavar="RUNTIME[:DEVICE][,threads=N,batch=N]", help="Where it will be served.")
-@click.option("--device", help="Where training computes: auto, cpu or cuda.")
-@click.option("--threads", type=int, help="CPU threads of torch.")
-@click.option("--seed", type=int)
+@click.option("--calib", type=int, metavar="N", help="Training images set aside for calibration.")
+@click.option("--batch-size", type=int, metavar="N", help="Images of one optimiser step, over all processes.")
+@click.option("--workers", type=int, metavar="N", help="Reader processes.")
+@click.option("--limit-train", type=int, metavar="N", help="Use only so many training images.")
+@click.option("--limit-val", type=int, metavar="N", help="Use only so many validation images.")
+@click.option("--target", metavar="RUNTIME[:DEVICE][,threads=N,batch=N]", help="Where it will be served: ort:cpu.")
+@click.option("--device", metavar="DEVICE", help="Where training computes: auto, cpu or cuda.")
+@click.option("--threads", type=int, metavar="N", help="CPU threads of torch; the target has threads of its own.")
+@click.option("--seed", type=int, metavar="N", help="Every random number comes from it.")
 @click.option("--max-drop", type=float, metavar="POINTS", help="Largest loss of top-1 in one stage.")
 @click.option("--min-gain", type=float, metavar="PERCENT", help="Least latency a structural pass must save.")
 @click.option("--no-guard", is_flag=True, help="Keep every stage whatever it costs.")
 @click.option("--require-gain", is_flag=True, help="End with 1 when every structural stage was rolled back.")
-@click.option("--out", type=click.Path(path_type=Path), help="Folder of the run.")
+@click.option("--out", metavar="FOLDER", type=click.Path(path_type=Path), help="Folder of the run.")
 @click.option("--resume", is_flag=True, help="Go on with the run in --out.")
-@click.option("--trust", is_flag=True, help="Import a package.module:factory model.")
+@TRUST
 @click.option("--dry-run", is_flag=True, help="Check order and inputs, print the plan, do nothing.")
 @click.option("--emit-yaml", is_flag=True, help="Print the recipe, do nothing.")
 @shared
 def run(**options: Any) -> None:
-    r"""Send a network through a chain of passes and measure what comes out.
+    """Send a network through a chain of passes; measure what comes out.
 
-    \b
-    slim run --model resnet50 --data folder:/data --target ort:cpu --out runs/r50 \
-        low-rank --energy 0.9  finetune --epochs 10  export --format onnx
+    Options come before the first pass; those of a pass (slim run PASS --help) behind its name.
     """
 
 
@@ -150,18 +157,21 @@ def run(**options: Any) -> None:
 def act(chain: list[Any], **options: Any) -> None:
     """The end of the chain: builds the recipe, then does what was asked."""
     from slim import commands
+    from slim.options import recipe_of
 
-    recipe = commands.recipe_of(chain, options)
+    recipe = recipe_of(chain, options)
     if options["emit_yaml"]:
-        click.echo(recipe.to_yaml(), nl=False)
+        click.echo(json.dumps(recipe.resolved()) if options["as_json"] else recipe.to_yaml().rstrip())
     elif options["dry_run"]:
         commands.dry_run(recipe, trust=options["trust"], as_json=options["as_json"])
     else:
         commands.run(recipe, options)
 
 
-@click.command("export")
-@click.option("--format", "format_", default="onnx", show_default=True, help="onnx.")
+@click.command("export", cls=PassCommand)
+@click.option(
+    "--format", "format_", metavar="FORMAT", default="onnx", show_default=True, help="onnx is the one so far."
+)
 def export_end(format_: str) -> dict[str, str]:
     """Write the bundle: the exported file and everything needed to serve it. Comes last."""
     return {"format": format_}
@@ -176,7 +186,7 @@ def pass_command(pass_class: type[Pass]) -> click.Command:
 
     options: list[click.Parameter] = [_option(name, info) for name, info in pass_class.model_fields.items()]
     text = (pass_class.__doc__ or "").strip()
-    return click.Command(pass_class.name, callback=build, params=options, help=text, short_help=text.split("\n")[0])
+    return PassCommand(pass_class.name, callback=build, params=options, help=text, short_help=text.split("\n")[0])
 
 
 def _option(name: str, info: Any) -> click.Option:
@@ -196,73 +206,93 @@ def _option(name: str, info: Any) -> click.Option:
 
 
 @cli.command()
-@click.option("--out", type=click.Path(path_type=Path), default=Path("runs/demo"), show_default=True)
+@click.option("--out", metavar="FOLDER", type=click.Path(path_type=Path), default=Path("runs/demo"), show_default=True)
 @shared
 def demo(out: Path, as_json: bool, quiet: bool) -> None:
-    """The whole road in a few minutes: handwritten digits, a small network, one stage kept, one rolled back."""
+    """The whole road in a few minutes, on handwritten digits.
+
+    A small network is trained, one compression stage is kept, one rolled back, the result is measured and judged.
+    """
     from slim import commands
 
     commands.demo(out, as_json=as_json, quiet=quiet)
 
 
 @cli.command()
-@click.argument("run_folder", type=click.Path(path_type=Path))
+@click.argument("folder", metavar="RUN|ARTIFACT", type=click.Path(path_type=Path))
+@TRUST
 @shared
-def show(run_folder: Path, as_json: bool, quiet: bool) -> None:
-    """Lineage of a run or an artifact: its backbone, its steps, their digests and figures."""
+def show(folder: Path, trust: bool, as_json: bool, quiet: bool) -> None:
+    """Lineage and figures of a run or an artifact."""
     from slim import commands
 
-    commands.show(run_folder, as_json=as_json)
+    commands.show(folder, trust=trust, as_json=as_json)
 
 
 @cli.command("eval")
-@click.argument("file", type=click.Path(path_type=Path))
-@click.option("--data", help="Images, for a plain .onnx file, or others than the run's.")
-@click.option("--split")
-@click.option("--target", default=None)
+@click.argument("file", metavar="RUN|BUNDLE|FILE.onnx", type=click.Path(path_type=Path))
+@click.option("--data", metavar="SOURCE", help="Images, for a plain .onnx file, or others than the run's.")
+@click.option("--split", metavar="train=0.8,val=0.2", help="Cuts class folders that have no val.")
+@click.option("--target", metavar="TARGET", help="Default: the run's, else ort:cpu.")
+@fed
+@TRUST
 @shared
-def evaluate(file: Path, data: str | None, split: str | None, target: str | None, as_json: bool, quiet: bool) -> None:
-    """Accuracy of a run's file, or of any .onnx file that lies in a bundle or run."""
+def evaluate(file: Path, **options: Any) -> None:
+    """Accuracy of an exported file.
+
+    The file of a run or bundle is fed as its network is, on the run's own validation images unless --data names others.
+    """
     from slim import commands
 
-    commands.evaluate(file, data=data, split=split, target=target, as_json=as_json, quiet=quiet)
+    commands.evaluate(file, **options)
 
 
 @cli.command("bench")
-@click.argument("files", nargs=-1, required=True, type=click.Path(path_type=Path))
-@click.option("--target", "targets", multiple=True, help="May be given more than once.")
-@click.option("--seed", type=int, default=0, show_default=True)
+@click.argument("files", metavar="RUN|BUNDLE|FILE.onnx...", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option("--target", "targets", metavar="TARGET", multiple=True, help="Default: the first run's, else ort:cpu.")
+@click.option("--seed", type=int, metavar="N", default=0, show_default=True, help="Of the inputs and the order.")
 @shared
 def bench(files: tuple[Path, ...], targets: tuple[str, ...], seed: int, as_json: bool, quiet: bool) -> None:
-    """Latency of runs or .onnx files; a second one is compared with the first, paired in one run."""
+    """Latency of exported files, each compared with the first.
+
+    The two of a comparison are timed in turns, together with a control: the first file against itself. --target may be
+    given more than once.
+    """
     from slim import commands
 
     commands.bench(files, targets, seed=seed, as_json=as_json, quiet=quiet)
 
 
 @cli.command("export")
-@click.argument("folder", type=click.Path(path_type=Path))
-@click.option("--format", "format_", default="onnx", show_default=True)
-@click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder of the bundle.")
-@click.option("--trust", is_flag=True)
+@click.argument("folder", metavar="RUN|ARTIFACT", type=click.Path(path_type=Path))
+@click.option(
+    "--format", "format_", metavar="FORMAT", default="onnx", show_default=True, help="onnx is the one so far."
+)
+@click.option("--out", metavar="FOLDER", required=True, type=click.Path(path_type=Path), help="Folder of the bundle.")
+@TRUST
 @shared
 def export(folder: Path, format_: str, out: Path, trust: bool, as_json: bool, quiet: bool) -> None:
     """Write the bundle of a run or an artifact."""
     from slim import commands
 
-    commands.export(folder, format_, out, trust=trust, as_json=as_json)
+    commands.export(folder, format_, out, trust=trust, as_json=as_json, quiet=quiet)
 
 
-@cli.command()
-@click.argument("run_folder", type=click.Path(path_type=Path))
-@click.option("--budgets", required=True, type=click.Path(path_type=Path), help="budgets.yaml")
+@cli.command(epilog=EXIT_CODES)
+@click.argument("run_folder", metavar="RUN", type=click.Path(path_type=Path))
+@click.option("--budgets", metavar="FILE", required=True, type=click.Path(path_type=Path), help="budgets.yaml.")
 @click.option("--stored", is_flag=True, help="Judge the figures of report.json instead of measuring again.")
 @click.option("--allow-inconclusive", is_flag=True, help="End with 0 when a budget could not be decided.")
-@click.option("--junit", type=click.Path(path_type=Path), help="Write a JUnit file.")
-@click.option("--markdown", type=click.Path(path_type=Path), help="Write a Markdown file.")
+@click.option("--junit", metavar="FILE", type=click.Path(path_type=Path), help="Write a JUnit file.")
+@click.option("--markdown", metavar="FILE", type=click.Path(path_type=Path), help="Write a Markdown file.")
+@TRUST
 @shared
 def gate(run_folder: Path, budgets: Path, **options: Any) -> None:
-    """Exit 0 if every budget is kept; else say which was missed, and by how much."""
+    """Judge a run by a file of budgets.
+
+    What the run ships is measured again here, against its dense.onnx. A budget that was missed is named, and by how
+    much.
+    """
     from slim import commands
 
     sys.exit(commands.gate(run_folder, budgets, **options))
@@ -281,7 +311,10 @@ def doctor(as_json: bool, quiet: bool) -> None:
 @click.option("--card", metavar="PASS", help="Print the method card of one pass.")
 @shared
 def passes(card: str | None, as_json: bool, quiet: bool) -> None:
-    """Every pass; with --card what one does, its figures and its limits."""
+    """List the passes, or print the card of one.
+
+    A card says what the pass does, its figures and its limits.
+    """
     from slim import commands
 
     commands.passes(card, as_json=as_json)
@@ -296,34 +329,6 @@ def schema(as_json: bool, quiet: bool) -> None:
     click.echo(json.dumps(recipe_schema(), indent=1))
 
 
-def place(values: dict[str, Any], options: Mapping[str, Any]) -> None:
-    """Put the options of `slim run` that were given where a recipe has them."""
-    for option, path in PLACES.items():
-        value = options.get(option)
-        if value is None:
-            continue
-        section = values
-        *parents, last = path.split(".")
-        for parent in parents:
-            inner = section.get(parent)
-            if isinstance(inner, str):  # `model: resnet50` is short for `model: {name: resnet50}`
-                inner = {"name" if parent == "model" else "source": inner}
-            section[parent] = inner = inner or {}
-            section = inner
-        section[last] = _value(option, value)
-
-
-def _value(option: str, value: Any) -> Any:
-    if option == "input_size" and value.isdecimal():
-        return [3, int(value), int(value)]
-    if option in ("mean", "std", "input_size"):
-        try:
-            return [float(part) if option != "input_size" else int(part) for part in value.split(",")]
-        except ValueError as error:
-            raise UsageError(f"--{option.replace('_', '-')} {value}: is not numbers with commas between") from error
-    return value
-
-
 def main(args: list[str] | None = None) -> None:
     """Run the command line; ends the process with an exit code of slim/errors.py."""
     # Waiting threads that spin slow torch down twentyfold on a machine that is also doing something else. OpenMP reads
@@ -335,7 +340,7 @@ def main(args: list[str] | None = None) -> None:
         error.show()
         code = error.exit_code
     except (KeyboardInterrupt, click.Abort):
-        click.echo("Interrupted; what was finished is whole. Go on with --resume.", err=True)
+        click.echo("Error: interrupted; what was finished is whole, and `slim run` goes on with --resume", err=True)
         code = EXIT_INTERRUPTED
     except SlimError as error:
         click.echo(f"Error: {error}", err=True)

@@ -1,9 +1,13 @@
-"""What the commands do; slim/cli.py says which options they have, and imports this file only to act."""
+"""What the commands do; slim/cli.py says which options they have, and imports this file only to act.
+
+The result goes to stdout, as JSON and nothing else with --json; log lines and progress go to stderr.
+"""
 
 from __future__ import annotations
 
 import json
 import os
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
@@ -11,75 +15,44 @@ from pathlib import Path
 from typing import Any
 
 import click
-from rich.console import Console
+from pydantic import ValidationError
 from rich.markdown import Markdown
+from rich.markup import escape
 from rich.table import Table
 
-from slim import cli, console, environment, job, recipe, store
-from slim.artifact import Preprocessing
+from slim import console, environment, job, recipe, store
+from slim.artifact import Artifact, Preprocessing
 from slim.bench import budget, latency
 from slim.bench import gate as gates
 from slim.bench.measure import measure_accuracy, noise
 from slim.bench.report import to_console
-from slim.contract import Pass, no_progress
+from slim.console import stdout
+from slim.contract import Progress, no_progress
 from slim.data import open_data
 from slim.distributed import is_main
-from slim.errors import MissingExtra, OrderError, RecipeError, SlimError, UsageError, did_you_mean
+from slim.errors import MissingExtra, SlimError, StoreError, UsageError, did_you_mean
 from slim.export.bundle import write_bundle
 from slim.export.onnx import export_onnx, read_ports
 from slim.export.parity import parity
 from slim.export.target import RUNTIMES, Target
 from slim.measurement import Measurement
-from slim.passes import PASSES
+from slim.options import input_of
+from slim.passes import PASSES, resolve
 from slim.recipe import Recipe
 from slim.runs import Run, open_run
-
-stdout = Console()
-
-
-def recipe_of(chain: Sequence[Pass | dict[str, str]], options: Mapping[str, Any]) -> Recipe:
-    """The recipe that the options and the chain of `slim run` say together.
-
-    Raises:
-        RecipeError: a value that cannot be, or a chain both in the file and on the command line.
-        OrderError: `export` that is not last.
-    """
-    file: Path | None = options["recipe_file"]
-    values = recipe.read(file) if file else {}
-    cli.place(values, options)
-    if options["model_args"]:
-        values.setdefault("model", {}).setdefault("args", {})
-        for assignment in options["model_args"]:
-            recipe.assign(values["model"]["args"], assignment)
-    if options["no_guard"]:
-        values.setdefault("guard", {})["on"] = False
-    ends = [number for number, step in enumerate(chain) if isinstance(step, dict)]
-    if ends and ends != [len(chain) - 1]:
-        raise OrderError("'export' ends the chain, and something follows it; put one export, last")
-    if ends:
-        values["export"] = chain[-1]
-    steps = [step for step in chain if not isinstance(step, dict)]
-    if steps:
-        if values.get("passes"):
-            raise RecipeError(f"{file}: has passes, and so has the command line; give the chain in one place")
-        values["passes"] = tuple(steps)
-    for assignment in options["assignments"]:
-        recipe.assign(values, assignment)
-    if "model" not in values:
-        raise UsageError("--model is missing: the network to compress, by its timm name; see `slim run --help`")
-    return recipe.parse(values, place=str(file) if file else "command line")
 
 
 def run(given: Recipe, options: Mapping[str, Any]) -> None:
     """`slim run`."""
     if options["out"] is None:
         raise UsageError("--out is missing: the folder of the run")
-    quiet = options["quiet"]
-    console.show_log(quiet=quiet)
-    progress = no_progress if quiet else console.bars
+    if options["require_gain"] and not any(step.role == "structure" for step in given.passes):
+        raise UsageError("--require-gain: the chain has no pass that could gain; add one such as low-rank")
+    progress = _progress(quiet=options["quiet"])
     prepared = job.prepare(given, trust=options["trust"])
     finished = job.execute(prepared, options["out"], resume=options["resume"], progress=progress)
-    _print_run(finished, as_json=options["as_json"])
+    if is_main():
+        _print_run(finished, as_json=options["as_json"])
     structures = [step for step in finished.report.steps if step.role == "structure"]
     if options["require_gain"] and all(step.outcome != "kept" for step in structures):
         raise SlimError("--require-gain: no structural stage was kept; the reasons are above")
@@ -88,145 +61,177 @@ def run(given: Recipe, options: Mapping[str, Any]) -> None:
 def dry_run(given: Recipe, *, trust: bool, as_json: bool) -> None:
     """`slim run --dry-run`: check order and inputs, print what would be done."""
     prepared = job.prepare(given, trust=trust)
-    data, backbone = prepared.start.data, prepared.start.artifact.backbone
+    data, backbone, guard = prepared.start.data, prepared.start.artifact.backbone, given.guard
     splits = {name: len(split) for name, split in data.splits.items()} if data else {}
     if as_json:
         click.echo(json.dumps({"recipe": given.resolved(), "splits": splits}))
         return
     head = " (new head)" if prepared.start.fresh_head else ""
-    stdout.print(f"model   {backbone.name}, {backbone.num_classes} classes{head}, input {backbone.input.size}")
-    stdout.print(f"data    {data.source if data else 'none: accuracy will not be measured'} {splits or ''}")
-    stdout.print(f"target  {prepared.target or 'none: latency will not be measured'}")
-    guard = given.guard
-    stdout.print(
-        f"guard   max drop {guard.max_drop:g} points, min gain {guard.min_gain:g} %" if guard.on else "guard   off"
-    )
+    size = "x".join(map(str, backbone.input.size))
+    images = ", ".join(f"{count} {name}" for name, count in splits.items())
+    limits = f"max drop {guard.max_drop:g} points, min gain {guard.min_gain:g} %" if guard.on else "off"
+    _say("model", f"{backbone.name}, {backbone.num_classes} classes{head}, input {size}")
+    _say("data", f"{data.source}: {images}" if data else "none: accuracy will not be measured")
+    _say("target", str(prepared.target or "none: latency will not be measured"))
+    _say("guard", limits)
     for number, stage in enumerate(given.pipeline().stages(), 1):
         for position, step in stage:
-            changed = step.model_dump(mode="json", exclude_defaults=True)
-            words = ", ".join(f"{key}={value}" for key, value in changed.items()) or "defaults"
-            stdout.print(f"stage {number}  {position}. {step.name} ({step.role}): {words}", highlight=False)
-    stdout.print(f"export  {given.export.format if given.export else 'none'}")
-    stdout.print("Order and inputs can work. Nothing was done.")
+            words = _settings(step.model_dump(mode="json", exclude_defaults=True))
+            _say(f"stage {number}", f"{position} {step.name} ({step.role}): {words}")
+    _say("export", given.export.format if given.export else "none")
+    stdout.print("Order and inputs can work; nothing was done.")
 
 
-def show(folder: Path, *, as_json: bool) -> None:
+def show(folder: Path, *, trust: bool, as_json: bool) -> None:
     """`slim show`: lineage."""
-    artifact = store.load(folder / "final" if (folder / "recipe.yaml").is_file() else folder, trust=False)
+    artifact, found = _artifact(folder, trust=trust)
+    backbone = artifact.backbone
     if as_json:
         history = [step.model_dump(mode="json") for step in artifact.history]
-        built = artifact.backbone.model_dump(mode="json")
+        built = backbone.model_dump(mode="json")
         click.echo(json.dumps({"backbone": built, "digest": artifact.digest, "history": history}))
         return
-    backbone = artifact.backbone
-    stdout.print(f"{backbone.name}  {backbone.num_classes} classes  input {backbone.input.size}", highlight=False)
-    table = Table("step", "version", "settings", "seed", "input", "output")
+    arguments = f"({_settings(backbone.kwargs)})" if backbone.kwargs else ""
+    _say("model", f"{backbone.name}{arguments}, {backbone.num_classes} classes")
+    _say("input", _settings(backbone.input.model_dump(mode="json")))
+    _say("traits", ", ".join(sorted(store.traits(artifact))))
+    _say("digest", artifact.digest)
+    table = Table("step", "version", "settings", "seed", "input", "output", box=None, pad_edge=False)
     for number, step in enumerate(artifact.history, 1):
-        settings = ", ".join(f"{key}={value}" for key, value in step.config.items())
+        defaults = {name: field.default for name, field in resolve(step.name).model_fields.items()}
+        changed = {key: value for key, value in step.config.items() if key not in defaults or value != defaults[key]}
         table.add_row(
             f"{number} {step.name}" + ("" if step.guard else " (guard off)"),
             str(step.version),
-            settings,
+            escape(_settings(changed)),
             str(step.seed),
             step.digests["input"][:12],
             step.digests["output"][:12],
         )
-    stdout.print(table)
-    stdout.print(f"traits {', '.join(sorted(store.traits(artifact)))}; digest {artifact.digest[:12]}", highlight=False)
-    if (folder / "report.json").is_file():
-        stdout.print(to_console(Run(folder).report))
+    if artifact.history:
+        stdout.print(table)
+    if found and (found.root / "report.json").is_file():
+        stdout.print()
+        stdout.print(to_console(found.report))
 
 
 @dataclass(frozen=True)
 class Served:
-    """An exported file, and what is known of it."""
+    """An exported file, and what it belongs to."""
 
     path: Path
-    preprocessing: Preprocessing
-    run: Run | None
-    """The run it belongs to, none for a plain file."""
+    run: Run | None = None
+    """The run it lies in; none for a file that stands alone."""
+
+    @property
+    def target(self) -> str:
+        """The target of its run, or the default one."""
+        return (_recipe_of(self.run).target if self.run else None) or "ort:cpu"
+
+    def preprocessing(self, given: Mapping[str, Any]) -> Preprocessing:
+        """How it is fed: as its run or bundle says, overridden by what is `given`.
+
+        Raises:
+            UsageError: a file that stands alone, and `given` leaves something open.
+        """
+        known: dict[str, Any] = {}
+        beside = self.path.parent / "bundle.json"
+        if self.run:
+            known = self.run.artifact.backbone.input.model_dump()
+        elif beside.is_file():
+            known = _bundled_preprocessing(beside)
+        else:
+            known["size"] = read_ports(self.path)[0][0].shape[1:]
+            if missing := [f"--{name}" for name in ("mean", "std", "crop", "interpolation") if name not in given]:
+                raise UsageError(
+                    f"{self.path}: nothing beside it says how images become its input; give {' '.join(missing)}"
+                )
+        try:
+            return Preprocessing.model_validate({**known, **given})
+        except ValidationError as error:
+            raise UsageError(f"{self.path}: {recipe.explain(error, Preprocessing)}") from error
 
 
-def served(path: Path) -> Served:
-    """The file a run serves, or a plain .onnx file; one in a run or bundle is fed as that run's network is.
+def served(path: Path, *, trust: bool = False) -> Served:
+    """The file that a run or bundle serves, or the .onnx file itself.
 
     Raises:
-        UsageError: neither a run nor an .onnx file.
+        UsageError: neither a run, a bundle nor an .onnx file.
     """
-    if path.suffix == ".onnx":
+    if path.suffix == ".onnx" and not path.is_dir():
         if not path.is_file():
             raise UsageError(f"{path}: no such file")
-        for parent in (path.parent, path.parent.parent):
-            if (parent / "recipe.yaml").is_file():
-                return Served(path, Run(parent).artifact.backbone.input, Run(parent))
-        size = read_ports(path)[0][0].shape[1:]
-        return Served(path, Preprocessing.model_validate({"size": size}), None)
-    found = open_run(path)
+        roots = (parent for parent in path.absolute().parents[:2] if (parent / "recipe.yaml").is_file())
+        return Served(path, next((Run(root, trust=trust) for root in roots), None))
+    if (path / "bundle.json").is_file():
+        return served(path / "model.onnx", trust=trust)
+    found = open_run(path, trust=trust)
     file = found.bundle / "model.onnx"
     if not file.is_file():
         raise UsageError(f"{path}: has no bundle; `slim export {path} --out {found.bundle}` writes it")
-    return Served(file, found.artifact.backbone.input, found)
+    return Served(file, found)
 
 
-def evaluate(
-    path: Path, *, data: str | None, split: str | None, target: str | None, as_json: bool, quiet: bool
-) -> None:
+def evaluate(path: Path, *, as_json: bool, quiet: bool, trust: bool, **options: Any) -> None:
     """`slim eval`: accuracy of an exported file."""
-    file = served(path)
-    spec = _recipe_of_run(file.run).data if file.run else None
-    source = data or (spec.source if spec else None)
-    if source is None:
-        raise UsageError(f"{path}: --data is missing, and the file belongs to no run that has one")
-    split = split if data or split else (spec.split if spec else None)
-    opened = open_data(source, split=split, seed=_recipe_of_run(file.run).seed if file.run else 0)
+    progress = _progress(quiet=quiet)
+    file = served(path, trust=trust)
+    spec = _recipe_of(file.run).data if file.run else None
+    seed = _recipe_of(file.run).seed if file.run else 0
+    if options["data"]:
+        opened = open_data(options["data"], split=options["split"], seed=seed)
+    elif spec is not None:  # the very images of the run's report
+        opened = open_data(spec.source, split=options["split"] or spec.split, seed=seed, limit_val=spec.limit.val)
+    else:
+        raise UsageError(f"{path}: --data is missing, and the file belongs to no run that has images")
+    preprocessing = file.preprocessing(input_of(options))
     classes = read_ports(file.path)[1][0].shape[1]
     if not isinstance(classes, int):
         raise UsageError(f"{path}: its output has no fixed number of classes: {classes}")
-    found = measure_accuracy(
-        file.path,
-        _target(target, file.run),
-        opened.for_classes(classes),
-        file.preprocessing,
-        progress=no_progress if quiet else console.bars,
-    )
-    _print_figures({str(path): found}, as_json=as_json)
+    target = Target.parse(options["target"] or file.target)
+    found = measure_accuracy(file.path, target, opened.for_classes(classes), preprocessing, progress=progress)
+    _print_figures([Figure(str(path), found)], as_json=as_json)
+
+
+@dataclass(frozen=True)
+class Figure:
+    """What was measured of a file, against another one where it is a comparison."""
+
+    file: str
+    measurement: Measurement
+    against: str | None = None
 
 
 def bench(paths: Sequence[Path], targets: Sequence[str], *, seed: int, as_json: bool, quiet: bool) -> None:
     """`slim bench`: latency of each file, and the ratio of each to the first."""
+    progress = _progress(quiet=quiet)
     files = [served(path) for path in paths]
-    progress = no_progress if quiet else console.bars
-    figures: dict[str, Measurement] = {}
-    for target in [Target.parse(text) for text in targets] or [_target(None, files[0].run)]:
-        where = f" on {target}" if len(targets) > 1 else ""
+    figures = []
+    for target in [Target.parse(text) for text in targets or (files[0].target,)]:
         if len(files) == 1:
-            figures[f"{paths[0]}{where}"] = latency.latency(files[0].path, target, seed=seed, progress=progress)
+            alone = latency.latency(files[0].path, target, seed=seed, progress=progress)
+            figures.append(Figure(str(paths[0]), alone))
         for path, file in zip(paths[1:], files[1:], strict=True):
             ratio = latency.compare(file.path, files[0].path, target, seed=seed, progress=progress)
-            figures[f"{path} / {paths[0]}{where}"] = ratio
-            figures[f"{path}{where}"] = latency.side_figures(ratio, "candidate")["latency_p50_ms"]
-            figures[f"{paths[0]}{where}"] = latency.side_figures(ratio, "reference")["latency_p50_ms"]
+            ours, theirs = (latency.side_figures(ratio, side)["latency_p50_ms"] for side in ("candidate", "reference"))
+            figures += [Figure(str(paths[0]), theirs), Figure(str(path), ours), Figure(str(path), ratio, str(paths[0]))]
     _print_figures(figures, as_json=as_json)
 
 
-def export(folder: Path, format_: str, out: Path, *, trust: bool, as_json: bool) -> None:
-    """`slim export`: the bundle of a run or an artifact."""
+def export(folder: Path, format_: str, out: Path, *, trust: bool, as_json: bool, quiet: bool) -> None:
+    """`slim export`: the bundle of a run or an artifact. Without images at hand, parity is asked on noise."""
+    console.show_log(quiet=quiet)
     recipe.parse({"model": "any", "export": {"format": format_}}, place="slim export")
     if out.exists():
         raise UsageError(f"--out {out}: exists; choose another place")
-    is_run = (folder / "recipe.yaml").is_file()
-    artifact = store.load(folder / "final" if is_run else folder, trust=trust)
-    figures = dict(Run(folder).report.final) if is_run and (folder / "report.json").is_file() else {}
-    out.parent.mkdir(parents=True, exist_ok=True)
-    partial = out.parent / f".{out.name}.onnx"
-    try:
-        file = export_onnx(artifact.model(), partial, artifact.backbone.input)
-        figures["parity_max_abs"] = parity(
-            artifact.model(), file.path, noise(artifact.backbone.input), target=Target.parse("ort:cpu")
-        )
+    artifact, found = _artifact(folder, trust=trust)
+    with tempfile.TemporaryDirectory(prefix="slim-") as beside:
+        file = export_onnx(artifact.model(), Path(beside) / "model.onnx", artifact.backbone.input)
+        figures = _measured_before(found)
+        if "parity_max_abs" not in figures:
+            images = noise(artifact.backbone.input)
+            figures["parity_max_abs"] = parity(artifact.model(), file.path, images, target=Target.parse("ort:cpu"))
         write_bundle(out, artifact, file, figures)
-    finally:
-        partial.unlink(missing_ok=True)
     click.echo(json.dumps({"bundle": str(out), "sha256": file.sha256}) if as_json else f"Bundle in {out}")
 
 
@@ -238,17 +243,18 @@ def gate(
     allow_inconclusive: bool,
     junit: Path | None,
     markdown: Path | None,
+    trust: bool,
     as_json: bool,
     quiet: bool,
 ) -> int:
     """`slim gate`: the exit code of the verdicts."""
-    verdicts = gates.gate(run_folder, budgets, stored=stored, progress=no_progress if quiet else console.bars)
+    verdicts = gates.gate(run_folder, budgets, stored=stored, trust=trust, progress=_progress(quiet=quiet))
     for path, text in ((junit, budget.to_junit), (markdown, budget.to_markdown)):
         if path:
             store.write_text(path, text(verdicts))
     if summary := os.environ.get("GITHUB_STEP_SUMMARY"):
         with Path(summary).open("a") as file:
-            file.write(budget.to_markdown(verdicts))
+            file.write(budget.to_markdown(verdicts) + "\n")
     dumped = budget.to_json(verdicts, allow_inconclusive=allow_inconclusive)
     click.echo(dumped if as_json else budget.to_console(verdicts))
     return budget.exit_code(verdicts, allow_inconclusive=allow_inconclusive)
@@ -270,23 +276,23 @@ def doctor(*, as_json: bool) -> None:
         click.echo(json.dumps(here))
         return
     device = here["device"]
-    stdout.print(f"cpu       {device['cpu']}, {device['cores']} cores, {' '.join(device['isa'])}", highlight=False)
-    stdout.print(f"cuda      {', '.join(cuda) or 'none'}", highlight=False)
-    stdout.print(f"device    fingerprint {here['fingerprint']}, load {here['load_average']}", highlight=False)
-    stdout.print(
-        f"versions  {', '.join(f'{name} {version}' for name, version in here['versions'].items())}", highlight=False
-    )
+    _say("cpu", f"{device['cpu']}, {device['cores']} cores, {' '.join(device['isa'])}")
+    _say("cuda", ", ".join(cuda) or "none")
+    _say("device", f"fingerprint {here['fingerprint']}, load {here['load_average']}")
+    _say("versions", ", ".join(f"{name} {version}" for name, version in here["versions"].items()))
     for name, state in targets.items():
-        stdout.print(f"{name:<9} {state}", highlight=False)
+        _say(name, state)
 
 
 def passes(card: str | None, *, as_json: bool) -> None:
     """`slim passes`: the table, or one card."""
     if card is None:
         listing = {name: text for name, (_, _, text) in PASSES.items()}
-        click.echo(
-            json.dumps(listing) if as_json else "\n".join(f"{name:<10} {text}" for name, text in listing.items())
-        )
+        if as_json:
+            click.echo(json.dumps(listing))
+            return
+        for name, text in listing.items():
+            _say(name, text)
         return
     if card not in PASSES:
         raise UsageError(f"--card {card}: no such pass{did_you_mean(card, PASSES)}")
@@ -302,53 +308,101 @@ def demo(out: Path, *, as_json: bool, quiet: bool) -> None:
     """`slim demo`: the main job on the embedded digits, then a gate."""
     from slim import demo as example
 
-    console.show_log(quiet=quiet)
-    progress = no_progress if quiet else console.bars
-    prepared = job.prepare(example.recipe())
-    finished = job.execute(prepared, out, resume=out.exists(), progress=progress)
-    if is_main():
-        store.write_text(out / "budgets.yaml", example.BUDGETS)
-    _print_run(finished, as_json=as_json)
-    code = gate(
-        out,
-        out / "budgets.yaml",
-        stored=True,
-        allow_inconclusive=False,
-        junit=None,
-        markdown=None,
-        as_json=as_json,
-        quiet=quiet,
-    )
-    if code:
+    progress = _progress(quiet=quiet)
+    finished = job.execute(job.prepare(example.recipe()), out, resume=out.exists(), progress=progress)
+    if not is_main():
+        return
+    budgets = out / "budgets.yaml"
+    store.write_text(budgets, example.BUDGETS)
+    verdicts = gates.gate(out, budgets, stored=True)
+    if as_json:
+        judged = json.loads(budget.to_json(verdicts))
+        click.echo(json.dumps({"report": finished.report.model_dump(mode="json"), "gate": judged}))
+    else:
+        _print_run(finished, as_json=False)
+        click.echo("\n" + budget.to_console(verdicts))
+    if code := budget.exit_code(verdicts):
         raise click.exceptions.Exit(code)
 
 
+def _progress(*, quiet: bool) -> Progress:
+    """Log lines and progress on stderr, or neither."""
+    console.show_log(quiet=quiet)
+    return no_progress if quiet else console.bars
+
+
 def _print_run(finished: Run, *, as_json: bool) -> None:
-    if not is_main():
-        return
     report = finished.report
     if as_json:
         click.echo(report.model_dump_json())
         return
     stdout.print(to_console(report))
-    stdout.print(f"report  {finished.root / 'report.html'}", highlight=False, soft_wrap=True)
+    _say("report", str(finished.root / "report.html"))
     if report.file:
-        stdout.print(f"bundle  {finished.bundle}", highlight=False, soft_wrap=True)
+        _say("bundle", str(finished.bundle))
 
 
-def _print_figures(figures: Mapping[str, Measurement], *, as_json: bool) -> None:
+def _print_figures(figures: Sequence[Figure], *, as_json: bool) -> None:
     if as_json:
-        click.echo(json.dumps({name: figure.model_dump(mode="json") for name, figure in figures.items()}))
+        rows = [
+            {"file": one.file, "against": one.against, "measurement": one.measurement.model_dump(mode="json")}
+            for one in figures
+        ]
+        click.echo(json.dumps(rows))
         return
-    for name, figure in figures.items():
-        stdout.print(f"{name}  {figure}", highlight=False, soft_wrap=True)
+    several = len({one.measurement.target for one in figures}) > 1
+    for one in figures:
+        name = f"{one.file} / {one.against}" if one.against else one.file
+        where = f" on {one.measurement.target}" if several else ""
+        stdout.print(f"{escape(name)}{where}  {one.measurement}{_verdict(one)}", soft_wrap=True)
 
 
-def _recipe_of_run(found: Run | None) -> Recipe:
-    assert found is not None  # callers ask for files of a run only
+def _verdict(one: Figure) -> str:
+    """What a comparison comes to."""
+    if one.against is None:
+        return ""
+    if not one.measurement.details["control"]["fit"]:
+        return ": no verdict, the first file against itself differs; quieten this machine"
+    if not latency.differs(one.measurement):
+        return ": no clear difference"
+    return ": faster" if one.measurement.value < 1 else ": slower"
+
+
+def _say(name: str, text: str) -> None:
+    stdout.print(f"{name:<9} {escape(text)}", soft_wrap=True)
+
+
+def _settings(values: Mapping[str, Any]) -> str:
+    return ", ".join(f"{key}={json.dumps(value)}" for key, value in values.items()) or "defaults"
+
+
+def _artifact(folder: Path, *, trust: bool) -> tuple[Artifact, Run | None]:
+    """The artifact in `folder`, or the final one of the run there."""
+    if not folder.is_dir():
+        raise UsageError(f"{folder}: no such folder; give a run or an artifact")
+    if not (folder / "recipe.yaml").is_file():
+        return store.load(folder, trust=trust), None
+    found = Run(folder, trust=trust)
+    if not found.final.is_dir():
+        raise UsageError(f"{folder}: the run is not finished; end it with --resume, or name one of its steps/")
+    return found.artifact, found
+
+
+def _measured_before(found: Run | None) -> dict[str, Measurement]:
+    """Figures of the run's report, where the same exporter writes the same file again, to the last byte."""
+    if found is None or not (found.root / "report.json").is_file():
+        return {}
+    same = found.report.environment.get("versions") == environment.versions()
+    return dict(found.report.final) if same else {}
+
+
+def _bundled_preprocessing(path: Path) -> dict[str, Any]:
+    try:
+        known = json.loads(path.read_bytes())["preprocessing"]
+        return {name: known[name] for name in Preprocessing.model_fields}
+    except (ValueError, KeyError, TypeError) as error:
+        raise StoreError(f"{path}: is not a bundle's description ({error!r}); write the bundle again") from error
+
+
+def _recipe_of(found: Run) -> Recipe:
     return recipe.parse(recipe.read(found.recipe_path), place=str(found.recipe_path))
-
-
-def _target(text: str | None, found: Run | None) -> Target:
-    stored = _recipe_of_run(found).target if found else None
-    return Target.parse(text or stored or "ort:cpu")

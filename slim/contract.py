@@ -61,8 +61,13 @@ class Meter(Protocol):
     def latency(self, model: Artifact | nn.Module) -> Measurement:
         """p50 in ms of one call at the target's batch size."""
 
-    def compare(self, candidate: Artifact | nn.Module, reference: Artifact | nn.Module) -> Measurement:
-        """Ratio of latencies candidate / reference, paired in one run; below 1 is faster."""
+    def compare(
+        self, candidate: Artifact | nn.Module, reference: Artifact | nn.Module, *, limit: float | None = None
+    ) -> Measurement:
+        """Ratio of latencies candidate / reference, paired in one run; below 1 is faster.
+
+        Measured longer while the interval holds `limit`.
+        """
 
     def accuracy(self, model: Artifact | nn.Module) -> Measurement:
         """Top-1 in percent on the validation split; `samples` holds 1.0 or 0.0 for every image, in split order."""
@@ -190,8 +195,9 @@ class Pass(BaseModel):
             seed=context.seed,
             data_id=context.data.id if context.data else None,
             digests=digests,
-            metrics=verify.plain_json(self, "figures", figures),
+            metrics=verify.plain_json(self, "record", figures),
             environment={"versions": dict(environment.versions())},
             guard=context.guard,
         )
-        return verify.after_pass(self, (artifact, reference), model, structure, step)
+        # From rank 0 to all: batch norms of other processes saw other images.
+        return on_main(lambda: verify.after_pass(self, (artifact, reference), model, structure, step))

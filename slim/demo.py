@@ -6,34 +6,37 @@ from typing import Any
 
 from slim.recipe import Recipe, parse
 
+TRAINED = {"name": "finetune", "flip": 0.0, "scale_low": 0.8}
+
 RECIPE: dict[str, Any] = {
-    # Digits are 32 pixels wide: a stem that keeps more of them, and Linear layers for low-rank to factor.
     "model": {
         "name": "convnext_atto",
-        "args": {"patch_size": 2, "conv_mlp": False},
+        # A stem for 32 pixels, Linear layers that low-rank can factor, and blocks that count from the start: with
+        # timm's layer scale of 1e-6 a network trained this briefly hardly uses them, and compressing them proves nothing.
+        "args": {"patch_size": 2, "conv_mlp": False, "ls_init_value": None},
         "weights": "none",
         "input": {"size": [3, 32, 32], "crop": 1.0},
     },
-    "data": {"source": "digits", "batch_size": 64},
+    "data": {"source": "digits"},
     "target": "ort:cpu,threads=1",
     "passes": [
-        {"name": "finetune", "epochs": 8, "lr": 2e-3, "flip": 0.0, "scale_low": 0.8},
-        # Too much: rolled back. Then as much as pays.
-        {"name": "low-rank", "ratio": 0.1},
-        {"name": "low-rank", "ratio": 0.5},
-        {"name": "finetune", "epochs": 2, "lr": 5e-4, "flip": 0.0, "scale_low": 0.8},
+        {**TRAINED, "epochs": 8, "lr": 1e-3},
+        {"name": "low-rank", "ratio": 0.25},
+        {**TRAINED, "epochs": 2, "lr": 5e-4},
+        # The narrow layers that are left: fewer parameters and MACs again, but hardly faster. The guard finds out.
+        {"name": "low-rank", "ratio": 0.75, "min_width": 40},
     ],
     "export": {"format": "onnx"},
 }
-"""A network trained on real handwritten digits, compressed twice: once too much, once so that it pays."""
+"""A network trained on real handwritten digits, compressed once so that it pays, and once so that it does not."""
 
 BUDGETS = """\
 format: slim-budgets/1
 target: ort:cpu,threads=1
 budgets:
-  - {metric: params, max: 2500000}
+  - {metric: params, max: 1300000}
   - {metric: top1_drop_points, max: 1.0}
-  - {metric: latency_ratio, max: 0.9}
+  - {metric: latency_ratio, max: 0.8}
 """
 
 

@@ -1,16 +1,22 @@
 """Several processes, one run: what rank 0 decides, measures and writes, everybody learns.
 
 Started by `torchrun --nproc_per_node N -m slim run ...`; accelerate reads the environment torchrun sets. With one
-process every function here does the plain thing.
+process every function here does the plain thing. A process that dies is noticed by torchrun, which ends the others.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from datetime import timedelta
 from typing import Any, TypeVar, cast
 
+from slim.errors import SlimError
+
 T = TypeVar("T")
+
+PATIENCE = timedelta(days=7)
+"""How long a process waits for the others: rank 0 measures alone, for as long as that takes."""
 
 
 def world() -> int:
@@ -28,6 +34,18 @@ def is_main() -> bool:
     return rank() == 0
 
 
+def join() -> None:
+    """Meet the other processes, once; accelerate finds them met. Nothing to do for one process."""
+    if world() == 1:
+        return
+    import torch
+    import torch.distributed as dist
+
+    if not dist.is_initialized():
+        # gloo even where training uses nccl: what `on_main` hands on lies in main memory.
+        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=PATIENCE)
+
+
 def on_main(work: Callable[[], T]) -> T:
     """`work()` done once, by rank 0; its result, or the error it raised, reaches every process.
 
@@ -35,23 +53,21 @@ def on_main(work: Callable[[], T]) -> T:
     """
     if world() == 1:
         return work()
-    from accelerate import PartialState
-    from accelerate.utils import broadcast_object_list
+    import torch
+    import torch.distributed as dist
 
-    PartialState(cpu=not _has_cuda())
-    outcome: list[tuple[Any, Exception | None]] = [(None, None)]
+    join()
+    outcome: list[Any] = [None, None]
     if is_main():
         try:
-            outcome = [(work(), None)]
-        except Exception as error:  # raised below, in every process
-            outcome = [(None, error)]
-    result, failure = broadcast_object_list(outcome)[0]
-    if failure is not None:
-        raise failure
-    return cast(T, result)
-
-
-def _has_cuda() -> bool:
-    import torch
-
-    return torch.cuda.is_available()
+            outcome[0] = work()
+        except Exception as error:
+            # Only our own errors are known to survive pickling; a peer that cannot read one would wait for ever.
+            known = isinstance(error, SlimError)
+            outcome[1] = error if known else SlimError(f"rank 0 failed: {type(error).__name__}: {error}")
+            dist.broadcast_object_list(outcome, src=0, device=torch.device("cpu"))
+            raise
+    dist.broadcast_object_list(outcome, src=0, device=torch.device("cpu"))
+    if outcome[1] is not None:
+        raise outcome[1]
+    return cast(T, outcome[0])

@@ -5,13 +5,14 @@ Start (network, data, target) -> check -> pipeline -> final artifact, dense.onnx
 
 from __future__ import annotations
 
+import logging
 import os
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -25,13 +26,15 @@ from slim.data import open_data
 from slim.distributed import on_main
 from slim.errors import UsageError
 from slim.export.bundle import write_bundle
-from slim.export.onnx import export_onnx
+from slim.export.onnx import OnnxFile, export_onnx
 from slim.export.target import Target
 from slim.measurement import Measurement
 from slim.pipeline import Guard, Result
 from slim.pretrained import Start, start
 from slim.recipe import ExportSpec, Recipe, parse
 from slim.runs import Figures, Run
+
+log = logging.getLogger("slim")
 
 
 @dataclass(frozen=True)
@@ -61,6 +64,7 @@ def prepare(recipe: Recipe, *, trust: bool = False) -> Job:
     if target:
         target.probe()
     spec = recipe.data
+    log.info("model %s, data %s, target %s", recipe.model.name, spec.source if spec else "none", target or "none")
     data = (
         open_data(
             spec.source,
@@ -83,29 +87,35 @@ def prepare(recipe: Recipe, *, trust: bool = False) -> Job:
 def execute(job: Job, out: Path, *, resume: bool = False, progress: Progress = no_progress) -> Run:
     """Run the chain into the folder `out`; what was finished there is taken up with `resume`."""
     recipe = job.recipe
-    run = on_main(lambda: Run.open(out, recipe.resolved(), resume=resume))
+    trust = job.start.artifact.trust
+    run = on_main(lambda: Run.open(out, recipe.resolved(), resume=resume, trust=trust))
     with _threads(recipe.threads), tempfile.TemporaryDirectory(prefix="slim-") as folder:
         artifact = job.start.artifact
         meter = _meter(job, Path(folder), progress) if job.target else None
         result = recipe.pipeline()(artifact, job.context(meter=meter, progress=progress), run)
-        on_main(lambda: _finish(job, run, result, meter))
+        on_main(lambda: _finish(job, run, result, meter, Path(folder)))
     return run
 
 
 def run(
     *,
     model: str | Mapping[str, Any],
-    passes: Sequence[Pass],
+    passes: Sequence[Pass | Mapping[str, Any]],
     out: str | Path,
     data: str | Mapping[str, Any] | None = None,
     target: str | None = None,
     export: str | None = "onnx",
     guard: Guard | None = None,
     seed: int = 0,
+    device: Literal["auto", "cpu", "cuda"] = "auto",
+    threads: int | None = None,
     resume: bool = False,
     trust: bool = False,
+    progress: Progress = no_progress,
 ) -> Run:
-    """The main job in one call. `model` and `data` take a name, or the mapping a recipe has there.
+    """The main job in one call; what it left is in the `Run`: `.artifact`, `.report`, `.bundle`.
+
+    `model` and `data` take a name, or the mapping that a recipe has there; so does each pass.
 
     Raises:
         SlimError: as the command line reports it; see slim/errors.py.
@@ -116,31 +126,32 @@ def run(
             "data": data,
             "target": target,
             "seed": seed,
+            "device": device,
+            "threads": threads,
             "guard": guard or Guard(),
             "passes": tuple(passes),
             "export": ExportSpec.model_validate({"format": export}) if export else None,
         },
         place="slim.run",
     )
-    return execute(prepare(recipe, trust=trust), Path(out), resume=resume)
+    return execute(prepare(recipe, trust=trust), Path(out), resume=resume, progress=progress)
 
 
-def _finish(job: Job, run: Run, result: Result, meter: TargetMeter | None) -> None:
+def _finish(job: Job, run: Run, result: Result, meter: TargetMeter | None, folder: Path) -> None:
     """Write everything a finished run leaves: final/, dense.onnx, bundle/, report.json and report.html."""
+
+    def exported(artifact: Artifact) -> OnnxFile:
+        if meter is not None:
+            return meter.export(artifact)
+        return export_onnx(artifact.model(), folder / f"{artifact.digest[:16]}.onnx", artifact.backbone.input)
+
     store.save(result.artifact, run.final)
     dense, final = _figures(result.dense, meter), _figures(result.artifact, meter)
-    if meter is None:
-        export_onnx(result.dense.model(), run.dense, result.dense.backbone.input)
-    else:
-        store.write_bytes(run.dense, meter.export(result.dense).path.read_bytes())
+    if meter is not None:
         final |= _against(result, meter)
+    store.write_bytes(run.dense, exported(result.dense).path.read_bytes())
     if job.recipe.export:
-        if meter is None:
-            file = export_onnx(result.artifact.model(), run.root / "final.onnx", result.artifact.backbone.input)
-            write_bundle(run.bundle, result.artifact, file, final)
-            file.path.unlink()
-        else:
-            write_bundle(run.bundle, result.artifact, meter.export(result.artifact), final)
+        write_bundle(run.bundle, result.artifact, exported(result.artifact), final)
     write_report(_report(job, run, result, dense, final), run.root)
 
 
@@ -163,11 +174,18 @@ def _figures(artifact: Artifact, meter: TargetMeter | None) -> dict[str, Measure
 
 
 def _against(result: Result, meter: TargetMeter) -> dict[str, Measurement]:
-    """The final file against the dense one; nothing where they are the same file."""
+    """The final file against the dense one; known without measuring where they are the same file."""
+    judged = meter.data is not None and meter.data.has("val")
     if result.artifact.digest == result.dense.digest:
-        return {}
+        known = [("latency_ratio", 1.0, "ratio")]
+        known += [("top1_drop_points", 0.0, "points"), ("top1_agreement", 100.0, "percent")] if judged else []
+        details = {"same_file": True}
+        return {
+            metric: Measurement(metric=metric, value=value, unit=unit, target=meter.target, details=details)
+            for metric, value, unit in known
+        }
     figures = {"latency_ratio": meter.compare(result.artifact, result.dense)}
-    if meter.data is not None and meter.data.has("val"):
+    if judged:
         figures["top1_drop_points"] = meter.drop(result.artifact, result.dense)
         figures["top1_agreement"] = meter.agreement(result.artifact, result.dense)
     return figures
@@ -208,16 +226,11 @@ def _report(job: Job, run: Run, result: Result, dense: Figures, final: Figures) 
 
 
 def _device(wanted: str) -> torch.device:
-    if wanted == "auto":
-        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if torch.cuda.is_available() else _CPU
-    if wanted not in ("cpu", "cuda"):
-        raise UsageError(f"--device {wanted}: is not auto, cpu or cuda")
     if wanted == "cuda" and not torch.cuda.is_available():
         raise UsageError("--device cuda: torch sees no CUDA device here; use --device cpu")
-    return _CPU if wanted == "cpu" else torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-
-
-_CPU = torch.device("cpu")
+    if wanted == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
 
 
 @contextmanager

@@ -14,10 +14,10 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field
 
 from slim import costs, environment, store, verify
-from slim.artifact import FRESH, Artifact
+from slim.artifact import Artifact
 from slim.contract import Context, Pass
-from slim.distributed import is_main, on_main
-from slim.errors import DataError, OrderError
+from slim.distributed import on_main
+from slim.errors import DataError, DivergedError, OrderError
 from slim.measurement import Measurement
 from slim.runs import Figures, Record, Run, step_key
 
@@ -37,9 +37,14 @@ class Guard(BaseModel):
     on: bool = True
     """False keeps every stage whatever it costs; written into the history."""
 
+    @property
+    def largest_ratio(self) -> float:
+        """Largest latency ratio (candidate / before) that pays."""
+        return 1 - self.min_gain / 100
+
     def refuses_latency(self, ratio: Measurement) -> str | None:
         """Why the latency `ratio` (candidate / before) does not pay; none when it does."""
-        limit = 1 - self.min_gain / 100
+        limit = self.largest_ratio
         assert ratio.low is not None  # ratios are sampled, so they have an interval
         assert ratio.high is not None
         figures = f"{ratio.value:.3f}x, 95 % {ratio.low:.3f}..{ratio.high:.3f}; at most {limit:.3f}x pays"
@@ -77,37 +82,47 @@ class Pipeline:
     passes: tuple[Pass, ...]
     guard: Guard = field(default_factory=Guard)
 
-    def check(self, artifact: Artifact, context: Context, *, fresh_head: bool = False) -> None:
+    def check(self, artifact: Artifact, context: Context, *, fresh_head: str = "") -> None:
         """Whether this order can work on this network and data, found before any work starts.
+
+        `fresh_head`: why the classifier has never been trained, empty where it has.
 
         Raises:
             OrderError: a pass lacks a trait, or a `prepare` has no structure after it.
             DataError: a pass needs a split that the data lacks, or a fresh head is not trained first.
         """
         traits = store.traits(artifact)
-        dropped_by = {trait: step.name for step in artifact.history for trait in FRESH - traits}
+        ended, dropped_by = _dropped_by(artifact), dict[str, str]()
         for position, step in enumerate(self.passes, 1):
             for trait in sorted(step.needs - traits):
-                blame = dropped_by.get(trait)
-                cause = f"and {blame} ends that; put {step.name!r} before it" if blame else "which no pass before gives"
+                if trait in dropped_by:
+                    cause = f"and {dropped_by[trait]} ends that; put {step.name!r} before it"
+                elif trait in ended:
+                    cause = f"and {ended[trait]!r} in its history ended that; start from an artifact before it"
+                else:
+                    cause = "which no pass before gives; add one that does"
                 raise OrderError(f"step {position} {step.name!r} needs a {trait!r} network, {cause}")
             for trait in step.drops:
                 dropped_by[trait] = f"step {position} {step.name!r}"
             traits = (traits - step.drops) | step.gives
             for split in sorted(step.reads):
                 if context.data is None or not context.data.has(split):
-                    raise DataError(
-                        f"step {position} {step.name!r} reads the split {split!r}, which the data lacks; "
-                        f"give --data with it, or --split {split}=0.8,val=0.2"
+                    wanted = (
+                        "--unlabeled FOLDER" if split == "unlabeled" else "--data with it, or --split train=0.8,val=0.2"
                     )
-        if self.passes and self.passes[-1].role == "prepare":
-            raise OrderError(f"{self.passes[-1].name!r} prepares a structural pass, but none follows; add one after it")
+                    raise DataError(
+                        f"step {position} {step.name!r} reads the split {split!r}, which the data lacks; give {wanted}"
+                    )
+        for position, step in enumerate(self.passes, 1):
+            after = self.passes[position] if position < len(self.passes) else None
+            if step.role == "prepare" and (after is None or after.role == "repair"):
+                what = f"step {position + 1} {after.name!r} follows, which is none" if after else "none follows"
+                raise OrderError(
+                    f"step {position} {step.name!r} prepares a structural pass, but {what}; put one right after it"
+                )
         if fresh_head and context.data is not None and not (self.passes and self.passes[0].trains):
-            first = f"{self.passes[0].name!r} does" if self.passes else "nothing does"
-            raise DataError(
-                f"class-count mismatch: the data has {len(context.data.classes)} classes, so the network gets a new "
-                f"head that the first pass must train, and {first} not; begin with finetune"
-            )
+            first = f"{self.passes[0].name!r} does not" if self.passes else "there is none"
+            raise DataError(f"{fresh_head}: the first pass must train it, and {first}; begin with finetune")
 
     def stages(self) -> list[Stage]:
         """prepare* structure repair*; leading repairs are a stage of their own."""
@@ -143,7 +158,7 @@ class Pipeline:
             if refusal is not None:
                 records.append(_record(step, position, number, outcome="not run", reason="its stage was rolled back"))
                 continue
-            candidate, record = _run_step(step, position, number, candidate, reference, context, run)
+            candidate, record = self._run_step(step, position, number, candidate, context, run)
             records.append(record)
             if self.guard.on and step.role == "structure" and "latency_ratio" in record.figures:
                 refusal = self.guard.refuses_latency(record.figures["latency_ratio"])
@@ -152,60 +167,78 @@ class Pipeline:
         judged = [_judged(record, refusal, self.guard) for record in records]
         for record in judged:
             context.log.info("%d %s: %s: %s", record.position, record.name, record.outcome, record.reason)
-            if run is not None and is_main():
-                run.add(record)
+            _put(record, run)
         return (candidate if refusal is None else reference), judged
 
+    def _run_step(
+        self, step: Pass, position: int, stage: int, given: Artifact, context: Context, run: Run | None
+    ) -> tuple[Artifact, Record]:
+        """The artifact after a step, done or found, and its record with figures, not judged yet."""
+        assert context.reference is not None  # __call__ set it
+        reference = context.reference
+        key = step_key(step, given, reference, context)
+        found = on_main(lambda: run.find(key) if run is not None else None)
+        if run is None or found is None or found.folder is None:
+            after, record = _work(step, position, stage, given, key, context, run)
+        else:
+            context.log.info("%d %s: found finished in %s", position, step.name, found.folder)
+            folder = run.root / found.folder
+            after = on_main(lambda: store.load(folder, trust=given.trust))
+            record = found.model_copy(update={"position": position, "stage": stage, "outcome": "pending", "reason": ""})
+        # Before it is measured: a run that ends meanwhile need not train again.
+        _put(record, run)
+        limit = self.guard.largest_ratio if self.guard.on else None
+        record = on_main(lambda: _with_figures(record, step, after, reference, context, limit))
+        _put(record, run)
+        return after, record
 
-def _run_step(
-    step: Pass, position: int, stage: int, given: Artifact, reference: Artifact, context: Context, run: Run | None
+
+def _work(
+    step: Pass, position: int, stage: int, given: Artifact, key: dict[str, str], context: Context, run: Run | None
 ) -> tuple[Artifact, Record]:
-    key = step_key(step, given, reference, context)
-    found = on_main(lambda: run.find(key) if run is not None else None)
-    seconds = {}
-    if run is not None and found is not None and found.folder is not None:
-        context.log.info("%d %s: found finished in %s", position, step.name, found.folder)
-        after, folder, seconds = store.load(run.root / found.folder, trust=given.trust), found.folder, found.seconds
-    else:
-        folder, checkpoint = None, None
-        if run is not None:
-            differs = on_main(lambda: run.differs(position, key))
-            if differs:
-                context.log.info("%d %s: done again, it differs in: %s", position, step.name, differs)
-            folder = on_main(lambda: run.step_folder(position, step.name, key))
-            checkpoint = run.checkpoint(position, step.name, key)
-        started = time.perf_counter()
+    """Do a step; with a `run`, its artifact is in its folder afterwards."""
+    folder = checkpoint = None
+    if run is not None:
+        differs = on_main(lambda: run.differs(position, key))
+        if differs:
+            context.log.info("%d %s: done again, it differs in: %s", position, step.name, differs)
+        folder = on_main(lambda: run.step_folder(position, step.name, key))
+        checkpoint = run.checkpoint(position, step.name, key)
+    started = time.perf_counter()
+    try:
         after = step(given, replace(context, checkpoint=checkpoint))
-        seconds = {"pass": round(time.perf_counter() - started, 3)}
-        if run is not None and folder is not None and checkpoint is not None and is_main():
-            store.save(after, run.root / folder)
-            checkpoint.unlink(missing_ok=True)
-    measured = _measured_on(context)
-    if found is not None and found.measured == measured and found.figures:
-        figures = found.figures
-    else:
-        started = time.perf_counter()
-        figures = on_main(lambda: _measure(step, after, reference, context))
-        seconds = {**seconds, "measure": round(time.perf_counter() - started, 3)}
-    record = _record(
-        step,
-        position,
-        stage,
-        outcome="pending",
-        seconds=seconds,
-        plan=after.history[-1].plan,
-        figures=figures,
-        folder=folder,
-        key=key,
-        measured=measured,
-    )
-    if run is not None and is_main():
-        run.add(record)
+    except DivergedError as error:
+        raise DivergedError(f"step {position} {step.name!r}: {error}") from error
+    seconds = {"pass": round(time.perf_counter() - started, 3)}
+    if run is not None and folder is not None and checkpoint is not None:
+        place, spent = run.root / folder, checkpoint
+        on_main(lambda: store.save(after, place))
+        on_main(lambda: spent.unlink(missing_ok=True))
+    plan = after.history[-1].plan
+    record = _record(step, position, stage, outcome="pending", seconds=seconds, plan=plan, folder=folder, key=key)
     return after, record
 
 
-def _measure(step: Pass, after: Artifact, reference: Artifact, context: Context) -> Figures:
-    """Figures of the artifact after a step; ratio and drop are against `reference`."""
+def _with_figures(
+    record: Record, step: Pass, after: Artifact, reference: Artifact, context: Context, limit: float | None
+) -> Record:
+    """The record with figures: its own where they were taken under the same conditions, else measured now."""
+    measured = _measured_on(context)
+    if record.figures and record.measured == measured:
+        return record
+    started = time.perf_counter()
+    figures = _measure(step, after, reference, context, limit)
+    seconds = {**record.seconds, "measure": round(time.perf_counter() - started, 3)}
+    return record.model_copy(update={"figures": figures, "measured": measured, "seconds": seconds})
+
+
+def _put(record: Record, run: Run | None) -> None:
+    if run is not None:
+        on_main(lambda: run.put(record))
+
+
+def _measure(step: Pass, after: Artifact, reference: Artifact, context: Context, limit: float | None) -> Figures:
+    """Figures of the artifact after a step; ratio and drop are against `reference`, the ratio decided at `limit`."""
     counted = costs.count(after.model(), after.backbone.input.size)
     figures = {cost: Measurement(metric=cost, value=value, unit=cost) for cost, value in counted.items()}
     meter = context.meter
@@ -214,7 +247,7 @@ def _measure(step: Pass, after: Artifact, reference: Artifact, context: Context)
     figures["parity_max_abs"] = verify.ship(after, meter)
     figures["size_bytes"] = meter.size(after)
     if step.role == "structure":
-        figures["latency_ratio"] = meter.compare(after, reference)
+        figures["latency_ratio"] = meter.compare(after, reference, limit=limit)
     figures["latency_p50_ms"] = meter.latency(after)
     if context.data is not None and context.data.has("val"):
         figures["accuracy_top1"] = meter.accuracy(after)
@@ -232,6 +265,13 @@ def _measured_on(context: Context) -> dict[str, str]:
     return on
 
 
+def _dropped_by(artifact: Artifact) -> dict[str, str]:
+    """Trait -> the step of the artifact's history that ended it."""
+    from slim.passes import resolve
+
+    return {trait: step.name for step in artifact.history for trait in resolve(step.name).drops}
+
+
 def _record(step: Pass, position: int, stage: int, **fields: Any) -> Record:
     config = step.model_dump(mode="json")
     return Record(position=position, name=step.name, role=step.role, stage=stage, config=config, **fields)
@@ -245,6 +285,6 @@ def _judged(record: Record, refusal: str | None, guard: Guard) -> Record:
         return record.model_copy(update={"outcome": "rolled back", "reason": refusal})
     ratio, drop = record.figures.get("latency_ratio"), record.figures.get("top1_drop_points")
     said = [f"{ratio.value:.2f}x latency"] if ratio else []
-    said += [f"{-drop.value:+.2f} points"] if drop else []
+    said += [f"{0 - drop.value:+.2f} points"] if drop else []
     reason = ", ".join(said) or "not measured"
     return record.model_copy(update={"outcome": "kept", "reason": reason if guard.on else f"{reason} (guard off)"})

@@ -6,6 +6,7 @@ in the passes, nowhere else.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -95,13 +96,16 @@ class ExportSpec(_Section):
 
 
 def _parse_pass(value: Any) -> Any:
-    if not isinstance(value, Mapping):
-        return value
-    if "name" not in value:
-        raise RecipeError(f"a pass needs a name, {dict(value)} has none")
-    from slim.passes import resolve
+    from slim.passes import PASSES, resolve
 
-    return build_pass(resolve(str(value["name"])), {key: item for key, item in value.items() if key != "name"})
+    if isinstance(value, Pass):
+        return value
+    if not isinstance(value, Mapping) or "name" not in value:
+        raise ValueError(f"{_short(value)} is not a pass; write {{name: {next(iter(PASSES))}, ...}}")
+    try:
+        return build_pass(resolve(str(value["name"])), {key: item for key, item in value.items() if key != "name"})
+    except RecipeError as error:
+        raise ValueError(str(error)) from error  # pydantic adds which pass of the chain it is
 
 
 def _dump_pass(value: Pass) -> dict[str, Any]:
@@ -121,16 +125,16 @@ class Recipe(_Section):
 
     format: Literal["slim/1"] = "slim/1"
     """Format of this file."""
-    model: Annotated[ModelSpec, BeforeValidator(_named)]
+    model: Annotated[ModelSpec, BeforeValidator(_named, json_schema_input_type=str | ModelSpec)]
     """The network that goes in."""
-    data: Annotated[DataSpec | None, BeforeValidator(_sourced)] = None
+    data: Annotated[DataSpec | None, BeforeValidator(_sourced, json_schema_input_type=str | DataSpec | None)] = None
     """The images; without them accuracy is not measured and nothing can be trained."""
     target: str | None = None
     """`runtime[:device][,threads=N,batch=N]`; without it latency is not measured."""
     seed: int = Field(default=0, ge=0)
     """Every random number comes from it."""
-    device: str = "auto"
-    """Where training computes: `auto`, `cpu`, `cuda`."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where training computes; `auto` is CUDA where there is a device."""
     threads: int | None = Field(default=None, ge=1)
     """CPU threads of torch; none leaves torch's choice. The target has threads of its own."""
     guard: Guard = Guard()
@@ -150,7 +154,7 @@ class Recipe(_Section):
 
     def to_yaml(self) -> str:
         """The resolved recipe as a file that `slim run -f` takes."""
-        return yaml.safe_dump(self.resolved(), sort_keys=False, default_flow_style=None, width=120)
+        return yaml.dump(self.resolved(), Dumper=_Dumper, sort_keys=False, default_flow_style=None, width=120)
 
 
 def parse(values: Mapping[str, Any], *, place: str) -> Recipe:
@@ -163,57 +167,95 @@ def parse(values: Mapping[str, Any], *, place: str) -> Recipe:
         return Recipe.model_validate(values)
     except ValidationError as error:
         raise RecipeError(f"{place}: {explain(error, Recipe)}") from error
-    except RecipeError as error:
-        raise RecipeError(f"{place}: {error}") from error
 
 
 def read(path: Path) -> dict[str, Any]:
     """The values of a recipe file, unchecked. Raises RecipeError when it is missing or not YAML."""
     try:
-        values = yaml.safe_load(path.read_text())
+        values = plain_yaml(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise RecipeError(f"{path}: cannot be read: {error.strerror}") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        detail = " ".join(str(error).split())
-        raise RecipeError(f"{path}: is not YAML: {detail}") from error
+        raise RecipeError(f"{path}: is not plain YAML: {' '.join(str(error).split())}") from error
     if not isinstance(values, dict):
         raise RecipeError(f"{path}: holds {type(values).__name__}, a recipe is a mapping with model and passes")
+    for key, spelt_out in (("model", _named), ("data", _sourced)):
+        if key in values:
+            values[key] = spelt_out(values[key])
     return values
 
 
-def assign(values: dict[str, Any], assignment: str) -> None:
-    """Carry out one `--set passes.1.energy=0.9`; list places count from 0.
+class _Loader(yaml.SafeLoader):
+    """Plain values only, as JSON has them and YAML 1.2: to PyYAML `on` is true, `1e-3` a word and 2025-01-01 a date."""
+
+
+class _Dumper(yaml.SafeDumper):
+    """Writes what `_Loader` reads."""
+
+
+_NUMBER = r"[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)"
+_WORDS = {
+    "tag:yaml.org,2002:bool": (re.compile("(?:true|True|TRUE|false|False|FALSE)$"), "tTfF"),
+    "tag:yaml.org,2002:float": (re.compile(f"(?:{_NUMBER})$"), "-+.0123456789"),
+}
+for _yaml in (_Loader, _Dumper):
+    _yaml.yaml_implicit_resolvers = {
+        first: [(tag, pattern) for tag, pattern in rules if tag not in (*_WORDS, "tag:yaml.org,2002:timestamp")]
+        for first, rules in _yaml.yaml_implicit_resolvers.items()
+    }
+    for _tag, (_pattern, _firsts) in _WORDS.items():
+        _yaml.add_implicit_resolver(_tag, _pattern, list(_firsts))
+
+
+def plain_yaml(text: str) -> Any:
+    """The plain values in `text`; no tag of it is followed. Raises yaml.YAMLError."""
+    try:
+        return yaml.load(text, Loader=_Loader)
+    except ValueError as error:  # `!!int five`
+        raise yaml.YAMLError(str(error)) from error
+
+
+def assign(values: dict[str, Any], assignment: str, *, option: str = "--set", under: str = "") -> None:
+    """Carry out one `--set passes.1.energy=0.9`, below the place `under` if given; list places count from 0.
 
     Raises:
         RecipeError: not KEY=VALUE, or a place the recipe does not have.
     """
     path, equals, text = assignment.partition("=")
-    if not equals:
-        raise RecipeError(f"--set {assignment}: is not KEY=VALUE")
+    if not equals or not path:
+        raise RecipeError(f"{option} {assignment}: is not KEY=VALUE")
+    try:
+        value = plain_yaml(text)
+    except yaml.YAMLError as error:
+        raise RecipeError(f"{option} {assignment}: {text!r} is not a plain YAML value; quote it") from error
+    put(values, f"{under}.{path}" if under else path, value, said=f"{option} {assignment}")
+
+
+def put(values: dict[str, Any], path: str, value: Any, *, said: str) -> None:
+    """Put `value` at a dotted place; sections on the way that are not there, or empty, are begun.
+
+    Raises:
+        RecipeError: a place the recipe does not have; the error begins with `said`.
+    """
     *parents, last = path.split(".")
-    place: Any = values
+    here: Any = values
     for number, part in enumerate(parents):
-        before = ".".join(parents[:number])
-        if isinstance(place, list):
-            place = place[_place(part, place, assignment, before)]
-        elif isinstance(place, dict):
-            place = place.setdefault(part, {})
-            if place is None:
-                raise RecipeError(f"--set {assignment}: {before}.{part} is empty in the recipe; set it as a whole")
-        else:
-            raise RecipeError(f"--set {assignment}: {before!r} is {place!r} and has no {part!r}")
-    value = yaml.safe_load(text)
-    if isinstance(place, list):
-        place[_place(last, place, assignment, ".".join(parents))] = value
-    elif isinstance(place, dict):
-        place[last] = value
-    else:
-        raise RecipeError(f"--set {assignment}: {'.'.join(parents)!r} is {place!r} and has no {last!r}")
+        key = _key(here, part, ".".join(parents[:number]), said)
+        if isinstance(here, dict) and here.get(key) is None:
+            here[key] = {}
+        here = here[key]
+    here[_key(here, last, ".".join(parents), said)] = value
 
 
-def _place(part: str, place: Sequence[Any], assignment: str, name: str) -> int:
-    if not part.isdecimal() or int(part) >= len(place):
-        raise RecipeError(f"--set {assignment}: {name} has places 0 to {len(place) - 1}, not {part!r}")
+def _key(here: Any, part: str, name: str, said: str) -> Any:
+    """The key that `part` is in `here`, a mapping or list called `name`."""
+    if isinstance(here, dict):
+        return part
+    if not isinstance(here, list):
+        raise RecipeError(f"{said}: {name} is {_short(here)} and has no {part!r}")
+    if not part.isdecimal() or int(part) >= len(here):
+        places = f"places 0 to {len(here) - 1}" if here else "no entries"
+        raise RecipeError(f"{said}: {name} has {places}, not {part!r}")
     return int(part)
 
 
@@ -226,19 +268,25 @@ def build_pass(pass_class: type[Pass], values: Mapping[str, Any]) -> Pass:
 
 
 def explain(error: ValidationError, model: type[BaseModel]) -> str:
-    """The first of pydantic's errors in one line: key, value, rule, and the nearest known key for an unknown one."""
-    first = error.errors()[0]
-    *parents, last = [str(part) for part in first["loc"]] or ["values"]
+    """One of pydantic's errors in one line: key, value, rule, and the nearest known key for an unknown one."""
+    # A misspelt key is often a missing one as well; its own name helps more.
+    first = min(error.errors(), key=lambda found: found["type"] != "extra_forbidden")
+    *parents, last = [str(part) for part in first["loc"]] or [""]
     where = ".".join((*parents, last))
-    if first["type"] == "extra_forbidden":
-        return f"{where}: unknown key{did_you_mean(last, _fields(model, parents))}"
-    if first["type"] == "missing":
-        return f"{where}: is missing"
-    message = first["msg"].removeprefix("Value error, ").removeprefix("Input ")
     more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
-    if not first["loc"]:
-        return f"{message}{more}"
-    return f"{where}: {first['input']!r} {message}{more}"
+    if first["type"] == "extra_forbidden":
+        return f"{where}: unknown key{did_you_mean(last, _fields(model, parents))}{more}"
+    if first["type"] == "missing":
+        return f"{where}: is missing{more}"
+    message = first["msg"].removeprefix("Value error, ").removeprefix("Input ")
+    if first["type"] == "value_error":  # worded by ours, who name the value themselves
+        return f"{where}: {message}{more}" if where else f"{message}{more}"
+    return f"{where}: {_short(first['input'])} {message}{more}"
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def _fields(model: type[BaseModel], parents: Sequence[str]) -> list[str]:
@@ -261,6 +309,7 @@ def schema() -> dict[str, Any]:
         fields = resolve(name).model_json_schema()
         fields["properties"] = {"name": {"const": name}, **fields["properties"]}
         fields["required"] = ["name", *fields.get("required", [])]
+        whole["$defs"] |= fields.pop("$defs", {})
         choices.append(fields)
     whole["properties"]["passes"]["items"] = {"oneOf": choices}
     return whole

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -20,7 +20,6 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from slim import environment, store
 from slim.artifact import Artifact
 from slim.contract import Context, Pass, Role
-from slim.distributed import is_main
 from slim.errors import StoreError, UsageError
 from slim.measurement import Measurement
 
@@ -28,8 +27,8 @@ if TYPE_CHECKING:
     from slim.bench.report import Report
 
 Figures = Mapping[str, Measurement]
-FREE_TO_CHANGE = frozenset({"passes", "guard", "export", "format"})
-"""Recipe keys that `--resume` may find changed: finished steps are matched one by one."""
+FREE_TO_CHANGE = frozenset({"passes", "guard", "export", "format", "data.workers"})
+"""Recipe keys that `--resume` may find changed: finished steps are matched one by one, and workers change no value."""
 
 
 class Record(BaseModel):
@@ -89,31 +88,30 @@ class Run:
     """The folder of one run."""
 
     root: Path
+    trust: bool = False
+    """Whether a `package.module:factory` backbone may be imported."""
 
     @classmethod
-    def open(cls, root: Path, recipe: dict[str, Any], *, resume: bool) -> Run:
-        """The folder for a run of `recipe`: a new one, or with `resume` one begun with the same inputs.
+    def open(cls, root: Path, recipe: dict[str, Any], *, resume: bool, trust: bool = False) -> Run:
+        """The folder for a run of `recipe`: a new one, or with `resume` one begun with the same inputs. Rank 0's alone.
 
         Raises:
             UsageError: it holds another run, or something else.
+            StoreError: it cannot be written, or its recipe is damaged.
         """
-        run = cls(root)
+        run = cls(root, trust)
         if root.exists() and (not root.is_dir() or any(root.iterdir())):
             if not run.recipe_path.is_file():
                 raise UsageError(f"--out {root}: exists and is not a run; choose another place")
             if not resume:
                 raise UsageError(f"--out {root}: holds a run already; add --resume to go on, or choose another place")
-            before = yaml.safe_load(run.recipe_path.read_text())
-            for key in sorted((before.keys() | recipe.keys()) - FREE_TO_CHANGE):
-                old, new = before.get(key), recipe.get(key)
-                if old != new:
-                    raise UsageError(f"--out {root}: its run has {key} {old}, not {new}; choose another place")
-        if is_main():
-            try:
-                root.mkdir(parents=True, exist_ok=True)
-            except OSError as error:
-                raise StoreError(f"--out {root}: cannot be created: {error.strerror}") from error
-            store.write_text(run.recipe_path, yaml.safe_dump(recipe, sort_keys=False))
+            for key, old, new in _differences(_recipe_in(run.recipe_path), recipe):
+                raise UsageError(f"--out {root}: its run has {key} {old}, not {new}; choose another place")
+        try:
+            root.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise StoreError(f"--out {root}: cannot be created: {error.strerror}") from error
+        store.write_text(run.recipe_path, yaml.safe_dump(recipe, sort_keys=False))
         return run
 
     @property
@@ -139,7 +137,7 @@ class Run:
     @cached_property
     def artifact(self) -> Artifact:
         """The last good artifact, loaded."""
-        return store.load(self.final)
+        return store.load(self.final, trust=self.trust)
 
     @cached_property
     def report(self) -> Report:
@@ -149,12 +147,12 @@ class Run:
         return report.load(self.root)
 
     def records(self) -> list[Record]:
-        """Every line of steps.jsonl, oldest first."""
+        """Every line of steps.jsonl, oldest first. Raises StoreError where one is damaged."""
         path = self.root / "steps.jsonl"
         if not path.exists():
             return []
         records = []
-        for number, line in enumerate(path.read_text().splitlines(), 1):
+        for number, line in enumerate(path.read_bytes().splitlines(), 1):
             try:
                 records.append(Record.model_validate_json(line))
             except ValidationError as error:
@@ -163,12 +161,12 @@ class Run:
                 ) from error
         return records
 
-    def add(self, record: Record) -> None:
-        """Append to steps.jsonl."""
-        path = self.root / "steps.jsonl"
-        lines = path.read_text() if path.exists() else ""
+    def put(self, record: Record) -> None:
+        """Write down `record` in steps.jsonl, instead of what it said of the same work at the same place."""
+        others = [one for one in self.records() if (one.position, one.key) != (record.position, record.key)]
         # Rewritten beside and renamed: an append cut short by a full disk would leave half a line.
-        store.write_text(path, lines + record.model_dump_json() + "\n")
+        lines = "".join(one.model_dump_json() + "\n" for one in (*others, record))
+        store.write_text(self.root / "steps.jsonl", lines)
 
     def find(self, key: dict[str, str]) -> Record | None:
         """The newest record of a finished step with this key, whose artifact is still there."""
@@ -196,9 +194,9 @@ class Run:
         return self.root / "steps" / f".{position:02d}-{name}-{_short(key)}.checkpoint"
 
 
-def open_run(root: Path) -> Run:
+def open_run(root: Path, *, trust: bool = False) -> Run:
     """A finished or begun run. Raises UsageError when the folder holds none."""
-    run = Run(root)
+    run = Run(root, trust)
     if not run.recipe_path.is_file():
         raise UsageError(f"{root}: holds no run; give the --out of a `slim run`")
     return run
@@ -206,3 +204,24 @@ def open_run(root: Path) -> Run:
 
 def _short(key: dict[str, str]) -> str:
     return hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:8]
+
+
+def _recipe_in(path: Path) -> dict[str, Any]:
+    try:
+        recipe = yaml.safe_load(path.read_bytes())
+    except yaml.YAMLError as error:
+        raise StoreError(f"{path}: is damaged and cannot be read; choose another --out") from error
+    if not isinstance(recipe, dict):
+        raise StoreError(f"{path}: is damaged, it holds no recipe; choose another --out")
+    return recipe
+
+
+def _differences(old: Any, new: Any, place: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """Dotted key, old and new value of everything that differs and is not free to change."""
+    if place in FREE_TO_CHANGE or old == new:
+        return
+    if isinstance(old, dict) and isinstance(new, dict):
+        for key in sorted(old.keys() | new.keys()):
+            yield from _differences(old.get(key), new.get(key), f"{place}.{key}" if place else key)
+    else:
+        yield place, old, new

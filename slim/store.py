@@ -1,8 +1,8 @@
 """Artifacts on disk: `slim.json` + `weights.safetensors`, replayed, never unpickled.
 
 Loading builds the backbone, applies every step's `rewrite` in order and loads the values strictly. A digest covers the
-values, and another all of `slim.json`, so that a byte changed in either is found. Everything is written beside its place
-and renamed, so a full disk or a Ctrl-C leaves the last good file whole.
+values, and another all of `slim.json`, so that a change of either is found. Everything is written beside its place and
+renamed, so a full disk or a Ctrl-C leaves the last good file whole.
 """
 
 from __future__ import annotations

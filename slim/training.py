@@ -1,11 +1,13 @@
 """The one training loop: accelerate for processes and devices; timm for optimisers, schedules, mixup and EMA.
 
 Every random number comes from (seed, step), so a run that was killed goes on from its checkpoint to the same values,
-and N processes take the same images per step as one. Rank 0 alone writes.
+and N processes take the same images per step as one (batch norms see each process's share alone). Rank 0 alone writes.
 """
 
 from __future__ import annotations
 
+import difflib
+import hashlib
 import io
 import math
 from collections.abc import Callable, Iterator
@@ -13,16 +15,17 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, JsonValue
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, field_validator
 from torch import Tensor, nn
 
 from slim import distributed, store
 from slim.contract import Context
 from slim.data import Augment
-from slim.errors import DivergedError, StoreError
+from slim.errors import DivergedError, PassError, StoreError
 
 Objective = Callable[[nn.Module, Tensor, Tensor], Tensor]
-"""`objective(model, images, target)` -> scalar loss. images: (B, C, H, W) float; target: (B,) int64 or (B, classes)."""
+"""`objective(model, images, target)` -> scalar loss, the mean over B. images: (B, C, H, W) float; target: (B,) int64 or
+(B, classes)."""
 
 CHECKPOINT_EVERY = 200
 """Steps between checkpoints; one is also written at the end of each epoch."""
@@ -50,6 +53,20 @@ class Training(BaseModel):
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     """Arithmetic of the forward pass; `auto` takes bf16 where the device computes in it."""
 
+    @field_validator("optimizer")
+    @classmethod
+    def _known_optimizer(cls, value: str) -> str:
+        from timm.optim import get_optimizer_info, list_optimizers
+
+        known = list_optimizers()
+        if value not in known:
+            near = difflib.get_close_matches(value, known, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else "timm.optim.list_optimizers() has them all"
+            raise ValueError(f"is not an optimiser of timm; {hint}")
+        if get_optimizer_info(value).second_order:
+            raise ValueError("needs second derivatives, which this loop does not take; choose a first-order one")
+        return value
+
 
 def train(
     model: nn.Module, objective: Objective, training: Training, augment: Augment, context: Context
@@ -57,21 +74,23 @@ def train(
     """Train `model` in place; it ends on the CPU.
 
     Returns:
-        `loss`: mean per epoch; `steps`; `images`; `precision`.
+        `loss`: mean per epoch, over all processes; `steps`; `images`; `precision`.
 
     Raises:
         DivergedError: the loss is no longer a number; the last checkpoint is from before.
+        PassError: the optimiser cannot be made here.
+        StoreError: the checkpoint is damaged, or cannot be written.
     """
     data, backbone = context.data, context.backbone
     assert data is not None  # Pipeline.check saw to it
     assert backbone is not None  # Pass.__call__ set it
     per_epoch = data.steps(context.loading.batch_size)
     total = per_epoch * training.epochs
+    batch = min(context.loading.batch_size, len(data.split("train")))
     # Drawn from by dropout and drop path; left as the caller had it.
     with torch.random.fork_rng(devices=[context.device] if context.device.type == "cuda" else []):
-        state = _State(model, training, total, context)
-        wanted = context.progress(f"training {training.epochs} epochs", total)
-        with wanted as advance:
+        state = _State(model, training, total, batch, context)
+        with context.progress(f"training {training.epochs} epochs", total) as advance:
             advance(state.step, "")
             while state.step < total:
                 epoch, start = divmod(state.step, per_epoch)
@@ -88,13 +107,12 @@ def train(
                     workers=context.loading.workers,
                 )
                 _epoch(state, objective, batches, advance, last=(epoch + 1) * per_epoch)
-                state.save()
     means = [math.fsum(state.losses[i : i + per_epoch]) / per_epoch for i in range(0, total, per_epoch)]
     state.finish()
     return {
         "loss": [round(mean, 6) for mean in means],
         "steps": total,
-        "images": total * context.loading.batch_size,
+        "images": total * batch,
         "precision": state.precision,
     }
 
@@ -109,20 +127,35 @@ def _epoch(
     for images, target in batches:
         loss = state.advance(objective, images, target)
         advance(1, f"loss {loss:.3f}" if state.step % 5 == 0 else None)
-        if state.step % CHECKPOINT_EVERY == 0 and state.step < last:
-            state.save()
+        if state.step % CHECKPOINT_EVERY == 0 or state.step == last:
+            state.keep()
+
+
+def schedule_of(optimizer: torch.optim.Optimizer, total: int, warmup: float) -> Any:
+    """Cosine schedule of timm over `total` steps: from 0 up to the peak in the share `warmup` of them, then to 0."""
+    from timm.scheduler import CosineLRScheduler
+
+    rising = min(round(total * warmup), total - 1)
+    return CosineLRScheduler(
+        optimizer,
+        t_initial=total - rising,
+        warmup_t=rising,
+        warmup_lr_init=0.0,
+        warmup_prefix=True,
+        t_in_epochs=False,
+    )
 
 
 class _State:
     """What a step changes: values, optimiser, moving average; saved and taken up again as a whole."""
 
-    def __init__(self, model: nn.Module, training: Training, total: int, context: Context) -> None:
+    def __init__(self, model: nn.Module, training: Training, total: int, batch: int, context: Context) -> None:
         from accelerate import Accelerator
         from timm.optim import create_optimizer_v2
-        from timm.scheduler import CosineLRScheduler
         from timm.utils import ModelEmaV3
 
-        self.model, self.training, self.total, self.context = model, training, total, context
+        self.model, self.training, self.total, self.batch, self.context = model, training, total, batch, context
+        distributed.join()
         self.accelerator = Accelerator(cpu=context.device.type == "cpu", mixed_precision="no")
         self.precision = resolve_precision(training.precision, context.device)
         # Convolutions are faster in this layout, on CPUs and GPUs alike; `finish` puts the usual one back.
@@ -132,39 +165,36 @@ class _State:
             optimizer = create_optimizer_v2(
                 model, opt=training.optimizer, lr=training.lr, weight_decay=training.weight_decay
             )
-        except (AssertionError, ValueError) as error:
-            raise DivergedError(f"optimizer {training.optimizer!r}: timm has no such optimiser ({error})") from error
+        except (AssertionError, ImportError, RuntimeError, ValueError) as error:
+            detail = " ".join(str(error).split())[:200]
+            raise PassError(
+                f"training: optimizer {training.optimizer!r} cannot be made here ({detail}); choose another"
+            ) from error
         self.ema = ModelEmaV3(model, decay=training.ema) if training.ema else None
         self.wrapped, self.optimizer = self.accelerator.prepare(model, optimizer)
-        self.schedule = CosineLRScheduler(
-            optimizer,
-            t_initial=total,
-            warmup_t=round(total * training.warmup),
-            warmup_lr_init=0.0,
-            warmup_prefix=True,
-            t_in_epochs=False,
-        )
-        self.step = 0
+        self.schedule = schedule_of(optimizer, total, training.warmup)
+        self.step = self.saved = 0
         self.losses: list[float] = []
+        self._kept: bytes | None = None
         self._take_up()
 
     def advance(self, objective: Objective, images: Tensor, target: Tensor) -> float:
-        """One optimiser step; the loss of it."""
+        """One optimiser step; the loss of it, over all processes."""
         device = self.context.device
         # By step, not carried on: a run taken up from a checkpoint draws what the uninterrupted one drew.
-        torch.manual_seed(self.context.seed * 1_000_003 + self.step * 64 + distributed.rank())
+        _seed(device, self.context.seed * 1_000_003 + self.step * 64 + distributed.rank())
         self.schedule.step_update(self.step)
         self.optimizer.zero_grad()
         with torch.autocast(device.type, torch.bfloat16, enabled=self.precision == "bf16"):
-            images = images.to(device, non_blocking=True, memory_format=torch.channels_last)
-            loss = objective(self.wrapped, images, target.to(device, non_blocking=True))
+            inputs = images.to(device, non_blocking=True, memory_format=torch.channels_last)
+            loss = objective(self.wrapped, inputs, target.to(device, non_blocking=True))
+        # Gradients and losses are averaged over processes, whose shares of a batch may differ by one image.
+        loss = loss * (len(images) * distributed.world() / self.batch)
         self.accelerator.backward(loss)
-        value = float(loss.detach())
+        value = float(self.accelerator.reduce(loss.detach(), "mean"))
         if not math.isfinite(value):
-            kept = f"last checkpoint: step {self.saved}" if self.saved else "no checkpoint was written before"
-            raise DivergedError(
-                f"training: loss is {value} at step {self.step + 1} of {self.total}; lower --lr or --clip ({kept})"
-            )
+            raise DivergedError(f"training: loss is {value} at step {self.step + 1} of {self.total}; {self._way_out()}")
+        self._write()
         if self.training.clip:
             self.accelerator.clip_grad_norm_(self.wrapped.parameters(), self.training.clip)
         self.optimizer.step()
@@ -174,11 +204,9 @@ class _State:
         self.losses.append(value)
         return value
 
-    def save(self) -> None:
-        """Write the checkpoint, beside and renamed, if the run keeps one."""
-        self.saved = self.step
-        path = self.context.checkpoint
-        if path is None or not distributed.is_main():
+    def keep(self) -> None:
+        """Take a checkpoint, if the run keeps one. It is written once the next loss has shown its values to be good."""
+        if self.context.checkpoint is None or not distributed.is_main() or self.step == self.total:
             return
         buffer = io.BytesIO()
         torch.save(
@@ -191,15 +219,23 @@ class _State:
             },
             buffer,
         )
+        self._kept = buffer.getvalue()
+
+    def _write(self) -> None:
+        path = self.context.checkpoint
+        if path is None or self._kept is None:
+            return
         path.parent.mkdir(parents=True, exist_ok=True)
-        store.write_bytes(path, buffer.getvalue())
+        store.write_bytes(path, hashlib.sha256(self._kept).digest() + self._kept)
+        self._kept, self.saved = None, self.step
 
     def _take_up(self) -> None:
-        self.saved = 0
         path = self.context.checkpoint
-        if path is None or not path.exists():
+        if path is None:
             return
-        saved = _read_checkpoint(path, self.context.device)
+        saved = distributed.on_main(lambda: _read_checkpoint(path) if path.exists() else None)
+        if saved is None:
+            return
         self.model.load_state_dict(saved["model"])
         self.optimizer.load_state_dict(saved["optimizer"])
         if self.ema is not None:
@@ -208,21 +244,44 @@ class _State:
         self.losses = list(saved["losses"])
         self.context.log.info("training goes on from step %d of %d (%s)", self.step, self.total, path.name)
 
+    def _way_out(self) -> str:
+        kept = f"the last checkpoint is of step {self.saved}" if self.saved else "no checkpoint was written before"
+        return f"lower --lr or --clip ({kept})"
+
     def finish(self) -> None:
-        """Leave the plain module with its final values, on the CPU."""
+        """Leave the plain module with its final values, on the CPU.
+
+        Raises:
+            DivergedError: they are not finite, which no later loss would have shown.
+        """
         if self.ema is not None:
             self.model.load_state_dict(self.ema.module.state_dict())
-        self.model.to("cpu").to(memory_format=torch.contiguous_format)
         self.model.zero_grad(set_to_none=True)
+        self.model.to("cpu").to(memory_format=torch.contiguous_format)
         self.model.eval()
+        # It holds the wrapped network and the optimiser in a cycle, and with them the device's memory.
+        self.wrapped = self.optimizer = None
+        self.accelerator.free_memory()
+        for name, value in self.model.state_dict().items():
+            if not value.isfinite().all():
+                raise DivergedError(f"training: {name!r} is not finite after step {self.total}; {self._way_out()}")
 
 
-def _read_checkpoint(path: Path, device: torch.device) -> dict[str, Any]:
-    try:
-        saved: dict[str, Any] = torch.load(path, map_location=device, weights_only=True)
-    except (RuntimeError, ValueError, EOFError, OSError) as error:
-        raise StoreError(f"{path}: not a whole checkpoint; delete it to start the step again") from error
-    return saved
+def _read_checkpoint(path: Path) -> dict[str, Any]:
+    content = path.read_bytes()
+    digest, saved = content[:32], content[32:]
+    # torch's reader does not compare checksums: values damaged on disk would be trained on.
+    if hashlib.sha256(saved).digest() != digest:
+        raise StoreError(f"{path}: not a whole checkpoint; delete it to start the step again")
+    found: dict[str, Any] = torch.load(io.BytesIO(saved), map_location="cpu", weights_only=True)
+    return found
+
+
+def _seed(device: torch.device, seed: int) -> None:
+    """Seed the generators a training step draws from: the CPU's and the device's, no other device's."""
+    torch.default_generator.manual_seed(seed % 2**63)
+    if device.type == "cuda":
+        torch.cuda.default_generators[device.index or 0].manual_seed(seed % 2**63)
 
 
 def resolve_precision(wanted: str, device: torch.device) -> str:
