@@ -161,6 +161,8 @@ def method(report: Report) -> dict[str, str]:
     return {
         "Target": report.target or f"none, so latency was {NOT_MEASURED}",
         "Latency": f"{timed[-1].statistic or 'median'} of {timed[-1].n} calls" if timed else NOT_MEASURED,
+        "Threads": _conditions(timed[-1]) if timed else NOT_MEASURED,
+        "Peak memory": _memory(report) or NOT_MEASURED,
         "A/A control": _control(report) or NOT_MEASURED,
         "Accuracy": f"top-1 on {_listed(judged, ' or ')} images" if judged else NOT_MEASURED,
         "Data": _data_words(report),
@@ -191,6 +193,24 @@ def _data_words(report: Report) -> str:
     counts = {"training": report.data.train, "validation": report.data.val}
     images = (f"{count} {split} images" for split, count in counts.items() if count is not None)
     return _listed((report.data.source, *images, report.data.id))
+
+
+def _conditions(timed: Measurement) -> str:
+    bound = timed.details.get("cpus")
+    pinned = f"bound to cores {_listed(bound)}" if bound else "not bound to a core"
+    waiting = "spinning" if timed.details.get("spinning") else "waiting without spinning"
+    return f"{timed.details.get('threads', 'unknown')} in a call, {pinned}, {waiting}"
+
+
+def _memory(report: Report) -> str | None:
+    """Largest memory of the process that ran the file, the interpreter and the runtime included."""
+    peaks = {}
+    for name, figures in (("", report.final), ("dense ", report.dense)):
+        timed = figures.get("latency_p50_ms")
+        if timed is not None and timed.details.get("peak_memory_bytes"):
+            value = timed.details["peak_memory_bytes"]
+            peaks[name] = number(Measurement(metric="peak_memory_bytes", value=value, unit="bytes"))
+    return _listed(f"{name}{peak}" for name, peak in peaks.items()) + " with the runtime" if peaks else None
 
 
 def _control(report: Report) -> str | None:

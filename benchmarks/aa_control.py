@@ -79,9 +79,12 @@ def pad(source: Path, out: Path, *, at: int, count: int) -> Path:
 @contextmanager
 def busy(core: int) -> Iterator[None]:
     """One process that never rests, bound to `core`."""
-    burner = subprocess.Popen(
-        [sys.executable, "-c", f"import os; os.sched_setaffinity(0, {{{core}}})\nwhile True: pass"]
+    # It ends with its parent, whatever ended that.
+    code = (
+        f"import os; os.sched_setaffinity(0, {{{core}}}); parent = os.getppid()\n"
+        "while os.getppid() == parent: sum(range(10**6))"
     )
+    burner = subprocess.Popen([sys.executable, "-c", code])
     try:
         yield
     finally:

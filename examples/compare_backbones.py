@@ -16,6 +16,7 @@ from slim.export.target import Target
 
 
 def main(reference: str, candidate: str) -> None:
+    """Export both, time them in lockstep, print the ratio and what it allows to say."""
     with tempfile.TemporaryDirectory() as folder:
         files = []
         for name in (candidate, reference):

@@ -121,7 +121,13 @@ TRUST = click.option("--trust", is_flag=True, help="Import a package.module:fact
 @click.option("-f", "recipe_file", metavar="RECIPE", type=click.Path(path_type=Path), help="YAML; options override it.")
 @click.option("--set", "assignments", multiple=True, metavar="KEY=VALUE", help="passes.1.energy=0.9; counts from 0.")
 @click.option("--model", metavar="NAME", help="timm's name, or package.module:factory with --trust.")
-@click.option("--model-arg", "model_args", multiple=True, metavar="KEY=VALUE", help="Argument of the timm model.")
+@click.option(
+    "--model-arg",
+    "model_args",
+    multiple=True,
+    metavar="KEY=VALUE",
+    help="Of the model; YAML: 2, false, null.",
+)
 @click.option("--weights", metavar="WHICH", help="pretrained (the default), none, or a .safetensors file.")
 @fed
 @click.option("--data", metavar="SOURCE", help="digits, folder:/path, tar:/path or torchvision:NAME@/path.")
@@ -206,7 +212,14 @@ def _option(name: str, info: Any) -> click.Option:
 
 
 @cli.command()
-@click.option("--out", metavar="FOLDER", type=click.Path(path_type=Path), default=Path("runs/demo"), show_default=True)
+@click.option(
+    "--out",
+    metavar="FOLDER",
+    type=click.Path(path_type=Path),
+    default=Path("runs/demo"),
+    show_default=True,
+    help="Folder of the run.",
+)
 @shared
 def demo(out: Path, as_json: bool, quiet: bool) -> None:
     """The whole road in a few minutes, on handwritten digits.

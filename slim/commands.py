@@ -98,8 +98,7 @@ def show(folder: Path, *, trust: bool, as_json: bool) -> None:
     _say("digest", artifact.digest)
     table = Table("step", "version", "settings", "seed", "input", "output", box=None, pad_edge=False)
     for number, step in enumerate(artifact.history, 1):
-        defaults = {name: field.default for name, field in resolve(step.name).model_fields.items()}
-        changed = {key: value for key, value in step.config.items() if key not in defaults or value != defaults[key]}
+        changed = resolve(step.name)(**step.config).model_dump(mode="json", exclude_defaults=True)
         table.add_row(
             f"{number} {step.name}" + ("" if step.guard else " (guard off)"),
             str(step.version),

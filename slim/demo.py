@@ -12,7 +12,7 @@ RECIPE: dict[str, Any] = {
     "model": {
         "name": "convnext_atto",
         # A stem for 32 pixels, Linear layers that low-rank can factor, and blocks that count from the start: with
-        # timm's layer scale of 1e-6 a network trained this briefly hardly uses them, and compressing them proves nothing.
+        # timm's layer scale of 1e-6 a net trained this briefly hardly uses them, and compressing them proves nothing.
         "args": {"patch_size": 2, "conv_mlp": False, "ls_init_value": None},
         "weights": "none",
         "input": {"size": [3, 32, 32], "crop": 1.0},

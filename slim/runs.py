@@ -80,6 +80,8 @@ def step_key(step: Pass, given: Artifact, reference: Artifact, context: Context)
         key["data"] = context.data.id
         key["split"] = context.data.membership(*sorted(step.reads))
         key["batch"] = str(context.loading.batch_size)
+        if "unlabeled" in step.reads:
+            key["unlabeled"] = str(context.data.unlabeled_id)
     return key
 
 

@@ -62,9 +62,9 @@ class Training(BaseModel):
         if value not in known:
             near = difflib.get_close_matches(value, known, n=1)
             hint = f"did you mean {near[0]!r}?" if near else "timm.optim.list_optimizers() has them all"
-            raise ValueError(f"is not an optimiser of timm; {hint}")
+            raise ValueError(f"{value!r} is not an optimiser of timm; {hint}")
         if get_optimizer_info(value).second_order:
-            raise ValueError("needs second derivatives, which this loop does not take; choose a first-order one")
+            raise ValueError(f"{value!r} needs second derivatives, which this loop does not take; choose another")
         return value
 
 
