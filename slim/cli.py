@@ -356,6 +356,7 @@ def main(args: list[str] | None = None) -> None:
         click.echo("Error: interrupted; what was finished is whole, and `slim run` goes on with --resume", err=True)
         code = EXIT_INTERRUPTED
     except SlimError as error:
-        click.echo(f"Error: {error}", err=True)
+        # One line, also where a library's own words in it had several.
+        click.echo(f"Error: {' '.join(str(error).splitlines())}", err=True)
         code = error.exit_code
     sys.exit(code if isinstance(code, int) else 0)

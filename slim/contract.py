@@ -55,8 +55,9 @@ class Meter(Protocol):
     Every method exports the network first and measures the exported file.
     """
 
-    target: str
-    """The target, in the words of `--target`."""
+    @property
+    def target(self) -> str:
+        """The target, in the words of `--target`."""
 
     def latency(self, model: Artifact | nn.Module) -> Measurement:
         """p50 in ms of one call at the target's batch size."""

@@ -92,7 +92,7 @@ class Pipeline:
             DataError: a pass needs a split that the data lacks, or a fresh head is not trained first.
         """
         traits = store.traits(artifact)
-        ended, dropped_by = _dropped_by(artifact), dict[str, str]()
+        ended, dropped_by = store.dropped_by(artifact), dict[str, str]()
         for position, step in enumerate(self.passes, 1):
             for trait in sorted(step.needs - traits):
                 if trait in dropped_by:
@@ -145,7 +145,7 @@ class Pipeline:
             stage_context = replace(context, reference=good, guard=self.guard.on)
             good, finished = self._run_stage(number, stage, good, stage_context, run)
             records += finished
-            if number == 1 and stage[0][1].role == "repair":
+            if stage[0][1].role == "repair":  # the leading stage; every other begins with what its repairs belong to
                 dense = good
         return Result(good, dense, tuple(records))
 
@@ -263,13 +263,6 @@ def _measured_on(context: Context) -> dict[str, str]:
     if context.data is not None and context.data.has("val"):
         on |= {"data": context.data.id, "split": context.data.membership("val")}
     return on
-
-
-def _dropped_by(artifact: Artifact) -> dict[str, str]:
-    """Trait -> the step of the artifact's history that ended it."""
-    from slim.passes import resolve
-
-    return {trait: step.name for step in artifact.history for trait in resolve(step.name).drops}
 
 
 def _record(step: Pass, position: int, stage: int, **fields: Any) -> Record:

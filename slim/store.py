@@ -145,6 +145,13 @@ def traits(artifact: Artifact) -> frozenset[str]:
     return current
 
 
+def dropped_by(artifact: Artifact) -> dict[str, str]:
+    """Trait -> the step of the history that ended it."""
+    from slim.passes import resolve
+
+    return {trait: step.name for step in artifact.history for trait in resolve(step.name).drops}
+
+
 def read_tensors(path: Path) -> dict[str, Tensor]:
     """Every tensor of a safetensors file.
 

@@ -8,13 +8,13 @@ from typing import Any
 import pytest
 import torch
 from pydantic import ValidationError
-from tests.contract.zoo import CLASSES, SIZE, WIDE, artifact, backbone
 from torch import nn
 
 from slim import costs, surgery
 from slim.artifact import Artifact, Backbone, Preprocessing, Step, state_digest
 from slim.errors import BackboneError
 from slim.passes.low_rank import LowRank
+from tests.contract.zoo import CLASSES, SIZE, WIDE, artifact, backbone
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +42,11 @@ def test_a_pretrained_tag_keeps_its_own_settings() -> None:
     [
         ("resnet81", {}, "model 'resnet81' is not a timm model; did you mean 'resnet"),
         ("resnet18.nonsense", {}, "model 'resnet18.nonsense' cannot be built with {}: Invalid pretrained tag"),
-        ("resnet18", {"colour": 1}, "'resnet18' cannot be built with {'colour': 1}: .*unexpected keyword argument 'colour'"),
+        (
+            "resnet18",
+            {"colour": 1},
+            "'resnet18' cannot be built with {'colour': 1}: .*unexpected keyword argument 'colour'",
+        ),
         ("resnet18", {"num_classes": 3}, "'resnet18' cannot be built with .*multiple values"),
         ("vit_tiny_patch16_224", {"num_heads": 5}, "cannot be built with {'num_heads': 5}: "),
         ("resnet18", {"checkpoint_path": "x"}, "'resnet18': argument 'checkpoint_path' is no part of a network"),
@@ -86,9 +90,9 @@ def test_nothing_of_an_artifact_can_be_assigned(made: Artifact) -> None:
     with pytest.raises(dataclasses.FrozenInstanceError):
         made.labels = ()  # type: ignore[misc]
     with pytest.raises(ValidationError, match="frozen"):
-        made.backbone.num_classes = 3
+        made.backbone.num_classes = 3  # type: ignore[misc]
     with pytest.raises(ValidationError, match="frozen"):
-        made.history[0].seed = 3
+        made.history[0].seed = 3  # type: ignore[misc]
 
 
 def test_state_digest_sees_keys_types_shapes_and_every_bit() -> None:
@@ -149,7 +153,7 @@ def test_grouped_and_strided_convolutions_by_hand() -> None:
 
 
 def test_swap_keeps_the_mode_and_reaches_into_lists() -> None:
-    model = nn.Sequential(nn.ModuleList([nn.Linear(2, 2), nn.Linear(2, 2)]), nn.ReLU()).eval()  # type: ignore[list-item]
+    model = nn.Sequential(nn.ModuleList([nn.Linear(2, 2), nn.Linear(2, 2)]), nn.ReLU()).eval()
     new = nn.Linear(2, 3)
     surgery.swap(model, "0.1", new)
     assert model.get_submodule("0.1") is new

@@ -196,7 +196,7 @@ def test_eval_of_a_file_that_stands_alone_needs_to_be_told_how_it_is_fed(
     said = call("eval", plain, "--data", "digits", "--mean", "0.5,0.5,0.5")
     assert said.code == 2
     assert said.error.endswith("nothing beside it says how images become its input; give --std --crop --interpolation")
-    fed = ("--mean", "0.485,0.456,0.406", "--std", "0.229,0.224,0.225", "--crop", "0.875", "--interpolation", "bicubic")
+    fed = ("--mean", "0.5,0.5,0.5", "--std", "0.5,0.5,0.5", "--crop", "0.9", "--interpolation", "bicubic")
     (found,) = json.loads(call("eval", "--json", plain, "--data", "digits", *fed).out)
     (same,) = json.loads(call("eval", "--json", root / "dense.onnx", "--data", "digits").out)
     assert found["measurement"]["n"] == 500

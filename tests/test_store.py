@@ -15,12 +15,12 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
-from tests.contract.zoo import CLASSES, SIZE, WIDE, artifact, backbone
 
 from slim import store
 from slim.artifact import Artifact, Backbone, Preprocessing
 from slim.errors import BackboneError, StoreError
 from slim.passes.low_rank import LowRank
+from tests.contract.zoo import CLASSES, SIZE, WIDE, artifact, backbone
 
 Edit = Callable[[dict[str, Any]], Any]
 
@@ -83,7 +83,10 @@ FORGED: dict[str, tuple[Edit, str]] = {
     "unknown key": (lambda m: m.update(more=1), "slim.json: more: Extra inputs are not permitted; use the slim that"),
     "unknown key of a step": (lambda m: m["history"][0].update(more=1), "slim.json: history.0.more: Extra inputs are"),
     "missing key": (lambda m: m.pop("history"), "slim.json: history: Field required"),
-    "other format": (lambda m: m.update(format="slim/2"), "slim.json: format 'slim/2' is not 'slim/1'; use the slim that"),
+    "other format": (
+        lambda m: m.update(format="slim/2"),
+        "slim.json: format 'slim/2' is not 'slim/1'; use the slim that",
+    ),
     "unknown pass": (
         lambda m: m["history"][0].update(name="low-rnk"),
         "slim.json: pass 'low-rnk' is unknown; did you mean 'low-rank'?",
@@ -99,7 +102,7 @@ FORGED: dict[str, tuple[Edit, str]] = {
     ),
     "other rank": (
         lambda m: m["history"][0]["plan"]["layers"]["stages.0.blocks.0.mlp.fc1"].update(rank=4),
-        "the history does not rebuild the network .*stages.0.blocks.0.mlp.fc1.0.weight.*; use the versions that it names",
+        "the history does not rebuild the network .*mlp.fc1.0.weight.*; use the versions that it names",
     ),
 }
 
@@ -197,7 +200,7 @@ def test_nothing_outside_the_folder_is_read(folder: Path) -> None:
 
 def test_a_factory_is_run_only_with_trust(tmp_path: Path) -> None:
     folder = store.save(artifact("mixer"), tmp_path / "saved")
-    with pytest.raises(BackboneError, match="'timm.models.mlp_mixer:MlpMixer' runs code of yours .*add --trust if you"):
+    with pytest.raises(BackboneError, match=r"mlp_mixer:MlpMixer' runs code of yours .*add --trust if you"):
         store.load(folder)
     assert store.load(folder, trust=True).model()(torch.zeros(1, *SIZE)).shape == (1, CLASSES)
 
@@ -208,7 +211,7 @@ def test_a_factory_without_trust_is_not_even_imported(tmp_path: Path, monkeypatc
     with pytest.raises(BackboneError, match="add --trust"):
         Backbone(name="rascal:net", num_classes=2).build()
     assert not (tmp_path / "was run").exists()
-    with pytest.raises(BackboneError, match="'rascal:net' cannot be imported: .*no attribute 'net'; check --model"):
+    with pytest.raises(BackboneError, match=r"'rascal:net' cannot be imported: .*no attribute 'net'; check --model"):
         Backbone(name="rascal:net", num_classes=2).build(trust=True)
     assert (tmp_path / "was run").exists()
 
@@ -252,14 +255,16 @@ def test_an_older_artifact_is_replaced_and_anything_else_is_not(folder: Path, tm
     for path in photos.iterdir():
         path.unlink()
     (photos / "only.jpg").write_text("precious")
-    with pytest.raises(StoreError, match=r"photos: exists and is not an artifact \(no slim.json\); choose another place"):
+    with pytest.raises(StoreError, match=r"photos: exists and is not an artifact \(no slim.json\); choose another"):
         store.save(other, photos)
-    with pytest.raises(StoreError, match="only.jpg: exists and is not an artifact"):
+    with pytest.raises(StoreError, match=r"only\.jpg: exists and is not an artifact"):
         store.save(other, photos / "only.jpg")
     assert (photos / "only.jpg").read_text() == "precious"
 
 
-@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()], ids=["error", "Ctrl-C"])
+@pytest.mark.parametrize(
+    "error", [OSError(28, "No space left on device"), KeyboardInterrupt()], ids=["error", "Ctrl-C"]
+)
 @pytest.mark.parametrize("failing", [1, 2], ids=["first rename", "second rename"])
 def test_a_rename_that_fails_leaves_the_old_folder(
     failing: int, error: BaseException, made: Artifact, folder: Path, monkeypatch: pytest.MonkeyPatch
@@ -313,9 +318,7 @@ def test_a_full_disk_leaves_what_was_there(made: Artifact, tmp_path: Path) -> No
         store.save(made, tmp_path / place)
     store.save(artifact("mobilenet"), tmp_path / "large")
     (tmp_path / "file").write_text("old")
-    done = subprocess.run(
-        [sys.executable, "-c", FULL_DISK, str(tmp_path)], capture_output=True, text=True, check=False
-    )
+    done = subprocess.run([sys.executable, "-c", FULL_DISK, str(tmp_path)], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     *errors, tree, state = done.stdout.splitlines()
     assert errors == [

@@ -16,7 +16,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from pydantic import Field
-from tests.contract.zoo import artifact
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
@@ -28,6 +27,7 @@ from slim.errors import ParityError, VerifyError
 from slim.export.onnx import OnnxFile
 from slim.export.target import Target
 from slim.pipeline import Guard
+from tests.contract.zoo import artifact
 
 
 class Vandal(Pass):
@@ -49,7 +49,7 @@ class Wrapped(nn.Module):
 
 
 def after_head(model: nn.Module, then: Callable[[Tensor], Tensor]) -> nn.Module:
-    model.head = Wrapped(model.head, then)  # type: ignore[assignment]
+    model.head = Wrapped(model.get_submodule("head"), then)
     return model
 
 
@@ -128,19 +128,18 @@ class HiddenState(Vandal):
     def fit(self, model: nn.Module, teacher: nn.Module, context: Context) -> None:
         louder = Louder(48, 10)
         louder.load_state_dict(model.get_submodule("head").state_dict())
-        model.head = louder  # type: ignore[assignment]
+        model.head = louder
 
 
 class HiddenBuffer(Vandal):
     """A buffer that state dicts leave out."""
 
     def rewrite(self, model: nn.Module, plan: Plan) -> nn.Module:
-        scale = torch.ones(1)
-        model.head.register_buffer("scale", scale, persistent=False)  # type: ignore[union-attr, operator]
-        return after_head(model, lambda logits: logits * model.head.head.scale)  # type: ignore[union-attr]
+        model.register_buffer("scale", torch.ones(1), persistent=False)
+        return after_head(model, lambda logits: logits * model.get_buffer("scale"))
 
     def fit(self, model: nn.Module, teacher: nn.Module, context: Context) -> None:
-        model.head.head.scale.fill_(1.01)  # type: ignore[union-attr, operator]
+        model.get_buffer("scale").fill_(1.01)
 
 
 class Unregistered(Vandal):
@@ -201,7 +200,7 @@ class NotATensor(Vandal):
 
 class DoesNotFit(Vandal):
     def rewrite(self, model: nn.Module, plan: Plan) -> nn.Module:
-        model.head = nn.Linear(47, 10)  # type: ignore[assignment]
+        model.head = nn.Linear(47, 10)
         return model
 
 
@@ -251,14 +250,17 @@ class GrowsMacs(Vandal):
 
     def rewrite(self, model: nn.Module, plan: Plan) -> nn.Module:
         block: Any = model.get_submodule("blocks.0")
-        model.blocks = nn.Sequential(block, block, model.get_submodule("blocks.1"))  # type: ignore[assignment]
+        model.blocks = nn.Sequential(block, block, model.get_submodule("blocks.1"))
         return model
 
 
 VANDALS: list[tuple[Pass, str]] = [
     (ChangesReference(), "changed an artifact it was given; work on the module"),
     (ChangesBackbone(), "changed an artifact it was given; work on the module"),
-    (FitShape(), r"fit turned 'blocks.0.mlp.fc1.bias' from \(\(192,\), .*\) into \(\(64,\), .*change structure in rewrite"),
+    (
+        FitShape(),
+        r"fit turned 'blocks.0.mlp.fc1.bias' from \(\(192,\), .*\) into \(\(64,\), .*change structure in rewrite",
+    ),
     (FitBuffer(), r"fit turned 'seen' from nothing into \(\(1,\), torch.float32\); change structure in rewrite"),
     (FitDtype(), r"fit turned 'blocks.0.attn.proj.bias' from .*float32\) into .*float64\)"),
     (ReplayKeys(), "replay fails: .*does not rebuild the network.*extra1.*rewrite must need nothing but its plan"),
@@ -313,7 +315,9 @@ def given(tiny: Artifact) -> Artifact:
 
 
 @pytest.mark.parametrize(
-    ("vandal", "message"), VANDALS, ids=["-".join([type(v).__name__, *map(str, v.model_dump().values())]) for v, _ in VANDALS]
+    ("vandal", "message"),
+    VANDALS,
+    ids=["-".join([type(v).__name__, *map(str, v.model_dump().values())]) for v, _ in VANDALS],
 )
 def test_a_vandal_is_caught(vandal: Pass, message: str, given: Artifact, monkeypatch: pytest.MonkeyPatch) -> None:
     register(monkeypatch, type(vandal))
@@ -378,7 +382,9 @@ def test_no_switch_turns_verify_off() -> None:
     tree = ast.parse(Path(verify.__file__).read_text())
     # `python -O` drops asserts, and an environment variable would be a switch.
     assert not [node for node in ast.walk(tree) if isinstance(node, ast.Assert)]
-    assert not [node for node in ast.walk(tree) if isinstance(node, ast.Attribute) and node.attr in {"environ", "getenv"}]
+    assert not [
+        node for node in ast.walk(tree) if isinstance(node, ast.Attribute) and node.attr in {"environ", "getenv"}
+    ]
 
 
 def test_call_is_final() -> None:

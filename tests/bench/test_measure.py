@@ -1,0 +1,179 @@
+"""The meter: each network is exported once, each file measured once, and what is measured is the network."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from slim.artifact import Artifact, Backbone, Preprocessing
+from slim.bench import latency, measure
+from slim.bench.measure import TargetMeter, measure_accuracy
+from slim.contract import Meter
+from slim.data import Data, open_data
+from slim.errors import DataError, ParityError
+from slim.export.target import Target
+
+BACKBONE = Backbone(
+    name="vit_tiny_patch16_224",
+    kwargs={"img_size": 32, "patch_size": 8, "depth": 1, "embed_dim": 32, "num_heads": 2},
+    num_classes=10,
+    input=Preprocessing(size=(3, 32, 32), crop=1.0),
+)
+TARGET = Target.parse("ort:cpu,threads=1")
+QUICK = latency.Protocol(sessions=3, rounds=4, calls=2, warm_up=1)
+
+
+def network(seed: int) -> Artifact:
+    return Artifact.of(BACKBONE.build(seed=seed), BACKBONE)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def digits() -> Data:
+    return open_data("digits", limit_train=16, limit_val=70)
+
+
+@pytest.fixture(scope="module")
+def shared(digits: Data, tmp_path_factory: pytest.TempPathFactory) -> TargetMeter:
+    """A meter that only tests which change nothing on disk use."""
+    return TargetMeter(TARGET, BACKBONE.input, digits, tmp_path_factory.mktemp("exported"))
+
+
+@pytest.fixture
+def counted(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What was exported and measured, as it happens; timing is quick."""
+    done: list[str] = []
+
+    def count(module: Any, name: str, **fields: Any) -> None:
+        real: Callable[..., Any] = getattr(module, name)
+
+        def called(*args: Any, **kwargs: Any) -> Any:
+            done.append(name)
+            return real(*args, **kwargs, **fields)
+
+        monkeypatch.setattr(module, name, called)
+
+    count(measure, "export_onnx")
+    count(measure, "parity")
+    count(measure, "measure_accuracy")
+    count(latency, "latency", protocol=QUICK)
+    count(latency, "compare", protocol=QUICK)
+    return done
+
+
+def test_it_is_the_meter_that_passes_know(shared: TargetMeter) -> None:
+    meter: Meter = shared
+    assert meter.target == "ort:cpu,threads=1,batch=1,precision=fp32"
+
+
+def test_each_question_about_a_network_is_answered_once(digits: Data, counted: list[str], tmp_path: Path) -> None:
+    meter = TargetMeter(TARGET, BACKBONE.input, digits, tmp_path)
+    first, second = network(0), network(1)
+    answers = [
+        (
+            meter.size(first),
+            meter.parity(first),
+            meter.latency(first),
+            meter.accuracy(first),
+            meter.compare(second, first),
+            meter.drop(second, first),
+        )
+        # The same values in another object, as an artifact loaded from its folder is.
+        for first, second in ((first, second), (network(0), network(1)))
+    ]
+    assert answers[0] == answers[1]
+    assert sorted(counted) == sorted(["export_onnx"] * 2 + ["parity", "latency", "compare"] + ["measure_accuracy"] * 2)
+    meter.compare(first, second)  # the other way round is another question
+    assert counted.count("compare") == 2
+
+
+def test_a_bare_module_has_the_figures_of_the_artifact_with_its_values(
+    digits: Data, counted: list[str], tmp_path: Path
+) -> None:
+    meter = TargetMeter(TARGET, BACKBONE.input, digits, tmp_path)
+    artifact = network(0)
+    for question in (meter.size, meter.parity, meter.latency, meter.accuracy):
+        assert question(artifact.model()) == question(artifact)
+    assert [counted.count(name) for name in ("parity", "latency", "measure_accuracy")] == [1, 1, 1]
+
+
+def test_a_changed_module_is_another_network(shared: TargetMeter) -> None:
+    model = network(0).model()
+    before = shared.export(model)
+    with torch.no_grad():
+        model.get_parameter("head.bias")[0] += 100
+    after = shared.export(model)
+    assert after.sha256 != before.sha256
+    # It now sees the first class in every image; a fresh network cannot.
+    labels = shared.data.split("val").labels if shared.data else ()
+    assert shared.accuracy(model).value == pytest.approx(100 * labels.count(0) / len(labels))
+
+
+def test_accuracy_is_that_of_torch_on_the_whole_split(shared: TargetMeter, digits: Data) -> None:
+    artifact = network(0)
+    batches = list(digits.eval_batches("val", BACKBONE.input, batch_size=100))
+    images, labels = (torch.cat(parts) for parts in zip(*batches, strict=True))
+    with torch.inference_mode():
+        hits = (artifact.model()(images).argmax(1) == labels).float()
+    found = shared.accuracy(artifact)
+    assert found.samples == tuple(hits.tolist())
+    assert (found.n, found.value) == (70, pytest.approx(100 * float(hits.mean())))
+
+
+def test_parity_looks_at_real_images(shared: TargetMeter) -> None:
+    found = shared.parity(network(0))
+    assert found.n == 16  # of the calibration subset, which is all of train here
+    assert found.value < 1e-4
+
+
+def test_without_images_parity_is_asked_on_noise(tmp_path: Path) -> None:
+    assert TargetMeter(TARGET, BACKBONE.input, None, tmp_path).parity(network(0)).n == 8
+
+
+def test_a_file_that_is_not_the_network_is_found_out(digits: Data, tmp_path: Path) -> None:
+    meter = TargetMeter(TARGET, BACKBONE.input, digits, tmp_path)
+    file = meter.export(network(0))
+    file.path.write_bytes(meter.export(network(1)).path.read_bytes())
+    with pytest.raises(ParityError, match=r"differs from torch by .* so the file computes something else"):
+        meter.parity(network(0))
+    with pytest.raises(ParityError):  # a failure is no answer
+        meter.parity(network(0))
+
+
+@pytest.mark.parametrize("kind", ["no data", "no validation split"])
+def test_accuracy_without_a_validation_split_says_what_to_give(
+    kind: str, digits: Data, counted: list[str], tmp_path: Path
+) -> None:
+    train_alone = replace(digits, splits={"train": digits.split("train")})
+    meter = TargetMeter(TARGET, BACKBONE.input, None if kind == "no data" else train_alone, tmp_path)
+    with pytest.raises(DataError, match=r"^accuracy: there is no validation split; give --data with val/, or --split"):
+        meter.accuracy(network(0))
+
+
+def test_progress_counts_every_image(digits: Data, shared: TargetMeter) -> None:
+    shown: dict[str, int] = {}
+
+    @contextmanager
+    def progress(title: str, total: int) -> Iterator[Callable[..., None]]:
+        def advance(steps: int, note: str = "") -> None:
+            shown["done"] = shown.get("done", 0) + steps
+
+        shown["total"] = total
+        yield advance
+
+    path = shared.export(network(0)).path
+    measure_accuracy(path, TARGET, digits, BACKBONE.input, progress=progress)
+    assert shown == {"total": 70, "done": 70}
