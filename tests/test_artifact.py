@@ -86,6 +86,16 @@ def test_a_network_of_ones_own_is_yours_to_change(made: Artifact) -> None:
     assert all(value.any() for key, value in made.model().named_parameters() if key == "head.weight")
 
 
+def test_an_artifact_does_not_share_values_with_the_network_it_was_made_of() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, 1), nn.BatchNorm2d(8))
+    made = Artifact.of(model, backbone("vit"))
+    before = made.weights
+    model.train()(torch.ones(2, 3, 4, 4))
+    with torch.no_grad():
+        model.get_parameter("0.bias").add_(1)
+    assert state_digest(made.state) == before
+
+
 def test_nothing_of_an_artifact_can_be_assigned(made: Artifact) -> None:
     with pytest.raises(dataclasses.FrozenInstanceError):
         made.labels = ()  # type: ignore[misc]

@@ -414,7 +414,7 @@ def test_a_chain_is_measured_and_judged_on_the_real_target(tmp_path: Path) -> No
     run = job.run(
         model={
             "name": "vit_tiny_patch16_224",
-            "args": {"img_size": 32, "patch_size": 4, "depth": 2, "embed_dim": 192, "num_heads": 3},
+            "args": {"img_size": 32, "patch_size": 8, "depth": 1, "embed_dim": 192, "num_heads": 3},
             "weights": "none",
             "input": {"size": [3, 32, 32], "crop": 1.0},
         },

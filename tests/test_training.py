@@ -6,7 +6,6 @@ import logging
 import math
 import os
 import random
-import re
 import signal
 import subprocess
 import sys
@@ -144,11 +143,11 @@ model:
   args: {img_size: 32, patch_size: 8, depth: 1, embed_dim: 32, num_heads: 2}
   weights: none
   input: {size: [3, 32, 32], crop: 1.0}
-data: {source: digits, batch_size: 2, limit: {train: 600, val: 16}}
+data: {source: digits, batch_size: 1, limit: {train: 400, val: 16}}
 threads: 1
 device: cpu
 passes:
-  - {name: finetune, epochs: 2, lr: 1.0e-3, flip: 0.0, precision: fp32}
+  - {name: finetune, epochs: 1, lr: 1.0e-3, flip: 0.0, precision: fp32}
 """
 
 
@@ -170,9 +169,7 @@ def test_a_killed_run_continued_with_resume_ends_with_the_same_weights(tmp_path:
     assert [path.name for path in (out / "steps").iterdir() if not path.name.endswith(".partial")] == [found[0].name]
 
     resumed = subprocess.run([*command, "--resume"], env=environment, capture_output=True, text=True, check=True)
-    step = re.search(r"training goes on from step (\d+) of 600", " ".join(resumed.stderr.split()))
-    assert step is not None, resumed.stderr
-    assert int(step[1]) in (200, 300, 400)
+    assert "training goes on from step 200 of 400" in " ".join(resumed.stderr.split())
     assert not list((out / "steps").glob(".*checkpoint"))
 
     whole = job.execute(job.prepare(recipe.parse(recipe.read(file), place="test")), tmp_path / "whole")
