@@ -105,8 +105,7 @@ def _measured(
         "size_bytes": Measurement(metric="size_bytes", value=candidate.stat().st_size, unit="bytes"),
     }
     if metrics & {"params", "macs"}:
-        counted = costs.count(run.artifact.model(), run.artifact.backbone.input.size)
-        figures |= {cost: Measurement(metric=cost, value=value, unit=cost) for cost, value in counted.items()}
+        figures |= costs.figures(run.artifact.costs)
     if metrics & {"top1_drop_points", "top1_agreement"}:
         figures |= _accuracy(run, target, candidate, seed, progress)
     if metrics & {"latency_ratio", "latency_p50_ms", "latency_p95_ms"}:

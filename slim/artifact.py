@@ -17,6 +17,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, JsonValue
 from torch import Tensor, nn
 
+from slim import costs
 from slim.errors import BackboneError, did_you_mean
 
 FRESH = frozenset({"dense", "float"})
@@ -173,6 +174,11 @@ class Artifact:
     def weights(self) -> str:
         """sha256 of the values, computed once: `verify` compares it with the values as they are later."""
         return state_digest(self.state)
+
+    @cached_property
+    def costs(self) -> dict[str, int]:
+        """Parameters and multiply-accumulates, counted once; see slim/costs.py."""
+        return costs.count(self.model(), self.backbone.input.size)
 
     @cached_property
     def digest(self) -> str:

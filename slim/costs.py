@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
+
+from slim.measurement import Measurement
 
 
 def count_params(model: nn.Module) -> int:
@@ -27,3 +31,8 @@ def count_macs(model: nn.Module, size: tuple[int, int, int]) -> int:
 def count(model: nn.Module, size: tuple[int, int, int]) -> dict[str, int]:
     """Every cost a pass can claim to shrink, by metric name."""
     return {"params": count_params(model), "macs": count_macs(model, size)}
+
+
+def figures(counted: Mapping[str, int]) -> dict[str, Measurement]:
+    """What `count` found, as measurements by metric name."""
+    return {cost: Measurement(metric=cost, value=value, unit=cost) for cost, value in counted.items()}

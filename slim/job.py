@@ -162,8 +162,7 @@ def _meter(job: Job, folder: Path, progress: Progress) -> TargetMeter:
 
 
 def _figures(artifact: Artifact, meter: TargetMeter | None) -> dict[str, Measurement]:
-    counted = costs.count(artifact.model(), artifact.backbone.input.size)
-    figures = {cost: Measurement(metric=cost, value=value, unit=cost) for cost, value in counted.items()}
+    figures = costs.figures(artifact.costs)
     if meter is None:
         return figures
     figures |= {"size_bytes": meter.size(artifact), "parity_max_abs": meter.parity(artifact)}

@@ -239,8 +239,7 @@ def _put(record: Record, run: Run | None) -> None:
 
 def _measure(step: Pass, after: Artifact, reference: Artifact, context: Context, limit: float | None) -> Figures:
     """Figures of the artifact after a step; ratio and drop are against `reference`, the ratio decided at `limit`."""
-    counted = costs.count(after.model(), after.backbone.input.size)
-    figures = {cost: Measurement(metric=cost, value=value, unit=cost) for cost, value in counted.items()}
+    figures = costs.figures(after.costs)
     meter = context.meter
     if meter is None:
         return figures

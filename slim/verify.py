@@ -158,8 +158,7 @@ def cost_not_grown(pass_: Pass, given: Artifact, model: nn.Module) -> None:
     """Invariant 7, for the costs the pass names in `shrinks`."""
     if not pass_.shrinks:
         return
-    size = given.backbone.input.size
-    before, after = costs.count(given.model(), size), costs.count(model, size)
+    before, after = given.costs, costs.count(model, given.backbone.input.size)
     for cost in sorted(pass_.shrinks):
         if after[cost] > before[cost]:
             raise VerifyError(
