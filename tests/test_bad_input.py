@@ -326,7 +326,6 @@ PHASES = {
     "saving a step": ("safetensors.torch", "save", 1),
     "exporting": ("slim.export.onnx", "_trace", 1),
     "timing": ("slim.bench.latency", "_Lockstep._session", 3),
-    "accuracy": ("slim.bench.accuracy", "accuracy", 1),
     "planning": ("slim.passes.low_rank", "break_even", 3),
     "factoring": ("slim.passes.low_rank", "fill", 2),
     "recording": ("slim.runs", "Run.put", 2),
