@@ -21,11 +21,12 @@ types: $(READY)
 
 # uv does in seconds what pip does in minutes, but pip is enough.
 $(READY): pyproject.toml setup.py
+	@echo "Setting up $(VENV): torch, timm and the rest are about 5 GB, which takes a few minutes, once."
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	if command -v uv >/dev/null; then \
 		uv pip install --python $(BIN)/python --editable '.[cpu,dev]'; \
 	else \
-		$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[cpu,dev]'; \
+		$(BIN)/python -m pip install --disable-pip-version-check --editable '.[cpu,dev]'; \
 	fi
 	touch $(READY)
 
