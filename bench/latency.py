@@ -97,19 +97,41 @@ def latency(
 
     Figures in ms are for this machine and this moment; two files are compared by `compare`. Raises as `compare`.
     """
+    return in_turn((path,), target, seed=seed, protocol=protocol, progress=progress)[0]
+
+
+def in_turn(
+    paths: Sequence[Path],
+    target: Target,
+    *,
+    seed: int,
+    protocol: Protocol | None = None,
+    progress: Progress | None = None,
+) -> tuple[Measurement, ...]:
+    """p50 in ms of each file, in the order of `paths`, taken in turn in one run.
+
+    What disturbs the machine disturbs them all, so these may be read side by side, as separate runs may not. Raises as
+    `compare`.
+    """
     protocol = protocol or Protocol()
-    with _Lockstep((path,), target, protocol, seed, progress) as lockstep:
+    with _Lockstep(paths, target, protocol, seed, progress) as lockstep:
         lockstep.extend(protocol.sessions)
-        if _steadiness(np.log(lockstep.wall(0).min(axis=-1)), protocol, seed)["drifting"] and lockstep.doubles():
+        drifting = any(_settling(lockstep, side, protocol, seed)["drifting"] for side in range(len(paths)))
+        if drifting and lockstep.doubles():
             lockstep.extend(lockstep.sessions)
-        wall = lockstep.wall(0)
-        p50 = statistics.bootstrap(wall, statistics.median, generator=np.random.default_rng(seed))
-        details = lockstep.conditions() | {
-            "p95_ms": _tail(wall, 0.95, seed),
-            "min_ms": round(float(wall.min()), 6),
-            "peak_memory_bytes": lockstep.peak_memory_bytes(0),
-            "steady": _steadiness(np.log(wall.min(axis=-1)), protocol, seed),
-        }
+        return tuple(_alone(lockstep, side, protocol, seed) for side in range(len(paths)))
+
+
+def _alone(lockstep: _Lockstep, side: int, protocol: Protocol, seed: int) -> Measurement:
+    wall = lockstep.wall(side)
+    p50 = statistics.bootstrap(wall, statistics.median, generator=np.random.default_rng(seed))
+    details = lockstep.conditions() | {
+        "in_turn_with": len(lockstep.paths) - 1,
+        "p95_ms": _tail(wall, 0.95, seed),
+        "min_ms": round(float(wall.min()), 6),
+        "peak_memory_bytes": lockstep.peak_memory_bytes(side),
+        "steady": _settling(lockstep, side, protocol, seed),
+    }
     return Measurement(
         metric="latency_p50_ms",
         value=p50.value,
@@ -118,11 +140,15 @@ def latency(
         low=p50.low,
         high=p50.high,
         statistic="p50",
-        target=str(target),
+        target=str(lockstep.target),
         environment=environment.describe(),
         samples=_raw(wall),
         details=details,
     )
+
+
+def _settling(lockstep: _Lockstep, side: int, protocol: Protocol, seed: int) -> dict[str, Any]:
+    return _steadiness(np.log(lockstep.wall(side).min(axis=-1)), protocol, seed)
 
 
 def p95(measurement: Measurement) -> Measurement:

@@ -160,7 +160,7 @@ def method(report: Report) -> dict[str, str]:
     parity, agreement = final.get("parity_max_abs"), final.get("top1_agreement")
     return {
         "Target": report.target or f"none, so latency was {NOT_MEASURED}",
-        "Latency": f"{timed[-1].statistic or 'median'} of {timed[-1].n} calls" if timed else NOT_MEASURED,
+        "Latency": _timed_words(timed[-1]) if timed else NOT_MEASURED,
         "Threads": _conditions(timed[-1]) if timed else NOT_MEASURED,
         "Peak memory": _memory(report) or NOT_MEASURED,
         "A/A control": _control(report) or NOT_MEASURED,
@@ -193,6 +193,11 @@ def _data_words(report: Report) -> str:
     counts = {"training": report.data.train, "validation": report.data.val}
     images = (f"{count} {split} images" for split, count in counts.items() if count is not None)
     return _listed((report.data.source, *images, report.data.id))
+
+
+def _timed_words(timed: Measurement) -> str:
+    together = ", all files in turn in one run" if timed.details.get("in_turn_with") else ""
+    return f"{timed.statistic or 'median'} of {timed.n} calls{together}"
 
 
 def _conditions(timed: Measurement) -> str:

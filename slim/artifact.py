@@ -130,7 +130,7 @@ class Step(BaseModel):
     digests: dict[str, str] = {}
     """`input`, `output` and `reference` (before the stage): digests of artifacts."""
     metrics: dict[str, JsonValue] = {}
-    """What was measured right after the step, and what training recorded."""
+    """What `fit` recorded, such as the loss of each epoch; what was measured stands in the run's steps.jsonl."""
     environment: dict[str, JsonValue] = {}
     """Library versions and device."""
     guard: bool = True

@@ -32,7 +32,7 @@ from slim.measurement import Measurement
 from slim.pipeline import Guard, Result
 from slim.pretrained import Start, start
 from slim.recipe import ExportSpec, Recipe, parse
-from slim.runs import Figures, Run
+from slim.runs import Figures, Record, Run
 
 log = logging.getLogger("slim")
 
@@ -146,13 +146,39 @@ def _finish(job: Job, run: Run, result: Result, meter: TargetMeter | None, folde
         return export_onnx(artifact.model(), folder / f"{artifact.digest[:16]}.onnx", artifact.backbone.input)
 
     store.save(result.artifact, run.final)
+    records = result.records
+    if meter is not None:
+        records = _side_by_side(run, result, meter)
     dense, final = _figures(result.dense, meter), _figures(result.artifact, meter)
     if meter is not None:
         final |= _against(result, meter)
     store.write_bytes(run.dense, exported(result.dense).path.read_bytes())
     if job.recipe.export:
         write_bundle(run.bundle, result.artifact, exported(result.artifact), final)
-    write_report(_report(job, run, result, dense, final), run.root)
+    write_report(_report(job, records, dense, final), run.root)
+
+
+def _side_by_side(run: Run, result: Result, meter: TargetMeter) -> tuple[Record, ...]:
+    """The records with latencies that were all taken in turn in one run, together with the dense and the final one.
+
+    What the steps were judged on are ratios. Their milliseconds come from different minutes of a machine that is not
+    always equally fast; in one table they would tell of steps that gave or cost what no step did.
+    """
+    trust = result.artifact.trust
+    kept = {
+        record.position: store.load(run.root / record.folder, trust=trust)
+        for record in result.records
+        if record.folder is not None
+    }
+    meter.latencies([result.dense, result.artifact, *kept.values()])
+    return tuple(
+        record.model_copy(
+            update={"figures": {**record.figures, "latency_p50_ms": meter.latency(kept[record.position])}}
+        )
+        if record.position in kept
+        else record
+        for record in result.records
+    )
 
 
 def _meter(job: Job, folder: Path, progress: Progress) -> TargetMeter:
@@ -190,9 +216,9 @@ def _against(result: Result, meter: TargetMeter) -> dict[str, Measurement]:
     return figures
 
 
-def _report(job: Job, run: Run, result: Result, dense: Figures, final: Figures) -> Report:
+def _report(job: Job, records: tuple[Record, ...], dense: Figures, final: Figures) -> Report:
     recipe, data = job.recipe, job.start.data
-    structures = [record for record in result.records if record.role == "structure"]
+    structures = [record for record in records if record.role == "structure"]
     notices = []
     if structures and all(record.outcome != "kept" for record in structures):
         notices.append("every structural stage was rolled back: the network is as large as it was")
@@ -218,7 +244,7 @@ def _report(job: Job, run: Run, result: Result, dense: Figures, final: Figures) 
         notices=tuple(notices),
         environment=environment.describe(),
         dense=dense,
-        steps=result.records,
+        steps=records,
         final=final,
         file="bundle/model.onnx" if recipe.export else None,
     )

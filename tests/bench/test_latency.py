@@ -315,3 +315,15 @@ def test_a_worker_loads_neither_torch_nor_pydantic(file: Path) -> None:
         env=os.environ | {"PYTHONPATH": root},
     )
     assert not {"torch", "timm", "pydantic"} & set(json.loads(done.stdout))
+
+
+def test_files_taken_in_turn_come_back_in_their_order(file: Path, tmp_path: Path) -> None:
+    slower = network(tmp_path / "slower.onnx", layers=40)
+    first, second, third = latency.in_turn((slower, file, slower), TARGET, seed=0, protocol=SHORT)
+    assert first.low is not None
+    assert second.high is not None
+    assert third.low is not None
+    # Twenty times the layers: no noise of a machine that still runs the tests turns this round.
+    assert second.high < first.low
+    assert second.high < third.low
+    assert [one.details["in_turn_with"] for one in (first, second, third)] == [2, 2, 2]
