@@ -10,11 +10,11 @@
     ├── PassError              1   a pass that could not do its work
     │   └── VerifyError        1   a pass that broke the contract
     ├── DivergedError          1   a loss that is no longer a number
-    ├── MissingExtra           5   an optional runtime that is not installed
-    ├── BudgetMissed           3   a budget that was measured and missed
-    ├── Inconclusive           4   a budget the measurement could not decide
     ├── TargetError            5   a target that is missing, or not the budget's device
+    │   └── MissingExtra       5   an optional runtime that is not installed
     └── ParityError            6   an exported file that does not compute what the network computes
+
+A budget that is missed (3) or undecided (4) is a verdict, not an error: see `exit_code` in bench/budget.py.
 
 Every message is one line: the place, the value, the rule, the way out.
 """
@@ -70,18 +70,6 @@ class VerifyError(PassError):
 
 class DivergedError(SlimError):
     """Training whose loss is no longer a number."""
-
-
-class BudgetMissed(SlimError):
-    """A budget that was measured and missed."""
-
-    exit_code = 3
-
-
-class Inconclusive(SlimError):
-    """A budget the measurement could not decide."""
-
-    exit_code = 4
 
 
 class TargetError(SlimError):
