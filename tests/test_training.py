@@ -10,7 +10,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +27,7 @@ from slim.errors import DivergedError, PassError, RecipeError, StoreError
 from slim.passes.finetune import Finetune, label_loss
 from slim.training import Training, schedule_of
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 INPUT = Preprocessing(size=(3, 32, 32), crop=1.0)
 VIT_ARGS: dict[str, Any] = {"img_size": 32, "patch_size": 8, "depth": 1, "embed_dim": 32, "num_heads": 2}
 NETWORKS = {
@@ -42,14 +42,6 @@ NETWORKS = {
 }
 PLAIN = Augment(flip=0.0, scale_low=1.0)
 STEPS = 4  # of an epoch: 64 images in batches of 16
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

@@ -19,6 +19,7 @@ from slim.data import Data, open_data
 from slim.errors import DataError, ParityError
 from slim.export.target import Target
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 BACKBONE = Backbone(
     name="vit_tiny_patch16_224",
     kwargs={"img_size": 32, "patch_size": 8, "depth": 1, "embed_dim": 32, "num_heads": 2},
@@ -31,14 +32,6 @@ QUICK = latency.Protocol(sessions=3, rounds=4, calls=2, warm_up=1)
 
 def network(seed: int) -> Artifact:
     return Artifact.of(BACKBONE.build(seed=seed), BACKBONE)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
