@@ -54,12 +54,12 @@ def plain(data: Data) -> list[float]:
     warm = round(total * TRAINING.warmup)
     ends = []
     batches = data.train_batches(BACKBONE.input, AUGMENT, seed=0, epoch=0, batch_size=BATCH, num_classes=10)
-    for step, (images, target) in enumerate(batches):
+    for step, batch in enumerate(batches):
         share = step / warm if step < warm else (1 + math.cos(math.pi * (step - warm) / (total - warm))) / 2
         for group in optimizer.param_groups:
             group["lr"] = TRAINING.lr * share
         optimizer.zero_grad()
-        F.cross_entropy(model(images.to(memory_format=torch.channels_last)), target).backward()
+        F.cross_entropy(model(batch.images.to(memory_format=torch.channels_last)), batch.target).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), TRAINING.clip)
         optimizer.step()
         ends.append(time.perf_counter())

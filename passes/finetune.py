@@ -13,7 +13,7 @@ from pydantic import JsonValue
 from torch import Tensor, nn
 
 from slim.contract import Context, Pass, Role
-from slim.data import Augment
+from slim.data import Augment, Batch
 from slim.training import Training
 
 
@@ -23,14 +23,22 @@ class Finetune(Training, Augment, Pass):
     name: ClassVar[str] = "finetune"
     role: ClassVar[Role] = "repair"
     needs: ClassVar[frozenset[str]] = frozenset({"float"})
-    reads: ClassVar[frozenset[str]] = frozenset({"train"})
-    trains: ClassVar[bool] = True
+
+    @property
+    def reads(self) -> frozenset[str]:
+        """The labelled images."""
+        return frozenset({"train"})
+
+    @property
+    def trains(self) -> bool:
+        """Yes, the classifier as well."""
+        return True
 
     def fit(self, model: nn.Module, teacher: nn.Module, context: Context) -> dict[str, JsonValue]:
         """Train all values in place."""
         return context.train(model, label_loss, self, self)
 
 
-def label_loss(model: nn.Module, images: Tensor, target: Tensor) -> Tensor:
-    """Cross-entropy, mean over the batch, in fp32. images: (B, C, H, W); target: (B,) int64 or (B, classes) float."""
-    return F.cross_entropy(model(images).float(), target)
+def label_loss(model: nn.Module, batch: Batch) -> dict[str, Tensor]:
+    """Cross-entropy, mean over the batch, in fp32."""
+    return {"label": F.cross_entropy(model(batch.images).float(), batch.target)}

@@ -128,7 +128,7 @@ class Step(BaseModel):
     data_id: str | None = None
     """Fingerprint of the dataset, none where the pass had none."""
     digests: dict[str, str] = {}
-    """`input`, `output` and `reference` (before the stage): digests of artifacts."""
+    """`input`, `output` and `reference` (before the stage): digests of artifacts; and what else the pass names."""
     metrics: dict[str, JsonValue] = {}
     """What `fit` recorded, such as the loss of each epoch; what was measured stands in the run's steps.jsonl."""
     environment: dict[str, JsonValue] = {}

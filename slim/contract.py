@@ -7,7 +7,7 @@ plan, rewrite, fit, verify. Measuring and rolling back belong to the pipeline.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -97,6 +97,8 @@ class Context:
     """Latency and accuracy on the target; none when the run has no target."""
     reference: Artifact | None = None
     """The artifact before the current stage."""
+    dense: Artifact | None = None
+    """The artifact before the first structural stage: nothing was compressed yet."""
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     seed: int = 0
     log: logging.Logger = field(default_factory=lambda: logging.getLogger("slim"))
@@ -114,12 +116,17 @@ class Context:
     """False when the run keeps every step whatever it cost; written into the history."""
 
     def train(
-        self, model: nn.Module, objective: Objective, training: Training, augment: Augment
+        self,
+        model: nn.Module,
+        objective: Objective,
+        training: Training,
+        augment: Augment,
+        splits: Sequence[str] = ("train",),
     ) -> dict[str, JsonValue]:
         """The one training loop on this run's data, device, seed and checkpoint; see slim/training.py."""
         from slim.training import train
 
-        return train(model, objective, training, augment, self)
+        return train(model, objective, training, augment, self, splits)
 
 
 class Pass(BaseModel):
@@ -139,12 +146,37 @@ class Pass(BaseModel):
     """Traits the network has afterwards."""
     drops: ClassVar[frozenset[str]] = frozenset()
     """Traits the network no longer has afterwards."""
-    reads: ClassVar[frozenset[str]] = frozenset()
-    """Data splits without which the pass cannot work: `train`, `calib`, `unlabeled`."""
-    trains: ClassVar[bool] = False
-    """Whether `fit` trains the values with labels, which a freshly seeded head needs."""
     shrinks: ClassVar[frozenset[str]] = frozenset()
     """Costs the pass claims not to grow: `params`, `macs`."""
+
+    @property
+    def reads(self) -> frozenset[str]:
+        """Data splits without which the pass cannot work: `train`, `calib`, `unlabeled`."""
+        return frozenset()
+
+    @property
+    def trains(self) -> bool:
+        """Whether `fit` trains the classifier, which a freshly seeded one needs."""
+        return False
+
+    @property
+    def recovers(self) -> bool:
+        """Whether the pass learns from what the network was before its stage, so that a structure has to come first."""
+        return False
+
+    def sources(self, context: Context) -> dict[str, str]:
+        """Digests of what the pass reads besides its input and the data, by name, such as a teacher's."""
+        return {}
+
+    def forecast(self, artifact: Artifact, context: Context) -> dict[str, JsonValue]:
+        """Look at the network before any work starts: what the pass will cost, by name, for `--dry-run`.
+
+        `artifact` is what the chain starts from; earlier passes may make it smaller.
+
+        Raises:
+            SlimError: the pass cannot work with this network, teacher or data.
+        """
+        return {}
 
     def plan(self, model: nn.Module, context: Context) -> Plan:
         """Look and decide. Plain JSON; changes nothing."""
@@ -181,7 +213,7 @@ class Pass(BaseModel):
         context = replace(context or Context(), history=artifact.history, backbone=artifact.backbone)
         reference = context.reference or artifact
         # Taken now, so that a pass that changes what it was given is found out afterwards.
-        digests = {"input": artifact.digest, "reference": reference.digest}
+        digests = {"input": artifact.digest, "reference": reference.digest, **self.sources(context)}
         config = verify.config_returns(self)
         teacher = artifact.model()
         plan = on_main(lambda: verify.plain_json(self, "plan", self.plan(teacher, context)))

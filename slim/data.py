@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from torch import Tensor
@@ -18,10 +18,10 @@ from slim import loaders, sources
 from slim.artifact import Preprocessing
 from slim.errors import DataError, did_you_mean
 from slim.images import FolderImages, Images, Split
-from slim.loaders import Augment
+from slim.loaders import Augment, Batch
 from slim.sources import imagenet_names
 
-__all__ = ["Augment", "Data", "Split", "open_data"]
+__all__ = ["Augment", "Batch", "Data", "Split", "open_data"]
 
 SCHEMES = ("digits", "folder", "tar", "torchvision")
 
@@ -40,6 +40,7 @@ class Data:
     """All labelled images, before any limit."""
     unmapped: Data | None = None
     """The dataset with labels by class folder, where `for_classes` made this one."""
+    _pools: dict[tuple[str, ...], Split] = field(init=False, default_factory=dict, repr=False)
 
     @property
     def id(self) -> str:
@@ -60,6 +61,19 @@ class Data:
         if name not in self.splits:
             raise DataError(f"data {self.source}: no split {name!r}; has {', '.join(self.splits)}")
         return self.splits[name]
+
+    def pool(self, splits: Sequence[str]) -> Split:
+        """What is trained on: one split, or several one after another. The same object each time, as it counts.
+
+        Raises:
+            DataError: there is no such split.
+        """
+        if len(splits) == 1:
+            return self.split(splits[0])
+        key = tuple(splits)
+        if key not in self._pools:
+            self._pools[key] = Split.joined({name: self.split(name) for name in key})
+        return self._pools[key]
 
     def membership(self, *splits: str) -> str:
         """Fingerprint of which images these splits hold, in order: changed by a limit, cut or seed that moves one."""
@@ -123,11 +137,12 @@ class Data:
         part = self.split(split)
         starts = range(0, len(part), _at_least_one("batch size", batch_size))
         batches = [list(range(start, min(start + batch_size, len(part)))) for start in starts]
-        return loaders.read(loaders.EvalSamples(part, preprocessing), batches, workers)
+        found = loaders.read(loaders.EvalSamples(part, preprocessing), batches, workers)
+        return ((images, labels) for images, labels, _ in found)
 
-    def steps(self, batch_size: int) -> int:
+    def steps(self, batch_size: int, splits: Sequence[str] = ("train",)) -> int:
         """Batches of one epoch; an incomplete last one counts only where it is the only one."""
-        return max(1, len(self.split("train")) // _at_least_one("batch size", batch_size))
+        return max(1, len(self.pool(splits)) // _at_least_one("batch size", batch_size))
 
     def train_batches(
         self,
@@ -142,18 +157,19 @@ class Data:
         world: int = 1,
         start: int = 0,
         workers: int = 0,
-    ) -> Iterator[tuple[Tensor, Tensor]]:
-        """Augmented images (B, 3, H, W) float32 with their targets, for one rank and one epoch.
+        splits: Sequence[str] = ("train",),
+    ) -> Iterator[Batch]:
+        """Augmented images of `splits` with their targets, for one rank and one epoch.
 
         Targets are (B,) int64, or (B, num_classes) float32 where `augment.soft`. `batch_size` is global: rank r has
         positions r, r + world, ... of every batch, so the ranks together see what one process would. `start` batches
-        are passed over without decoding. An unreadable image is replaced by the next readable one of the split.
+        are passed over without decoding. An unreadable image is replaced by the next readable one.
 
         Raises:
-            DataError: no train split, labels beyond `num_classes`, fewer images in a batch than ranks, or too many
+            DataError: no such split, labels beyond `num_classes`, fewer images in a batch than ranks, or too many
                 images that cannot be read.
         """
-        part = self.split("train")
+        part = self.pool(splits)
         if max(part.labels) >= num_classes:
             raise DataError(
                 f"data {self.source}: class-count mismatch: labels up to {max(part.labels)}, the network has"
@@ -163,11 +179,30 @@ class Data:
             raise DataError(
                 f"data {self.source}: a batch of {smallest} images cannot feed {world} processes; start fewer"
             )
-        samples = loaders.TrainSamples(part, preprocessing, augment, seed=seed, epoch=epoch, num_classes=num_classes)
         batches = loaders.epoch_batches(
             len(part), seed=seed, epoch=epoch, batch_size=batch_size, rank=rank, world=world
         )
-        return loaders.read(samples, batches[start:], workers)
+        samples = loaders.TrainSamples(part, preprocessing, augment, seed=seed, epoch=epoch, num_classes=num_classes)
+        return (Batch(*found, epoch) for found in loaders.read(samples, batches[start:], workers))
+
+    def views(
+        self,
+        preprocessing: Preprocessing,
+        augment: Augment,
+        positions: Sequence[int],
+        *,
+        seed: int,
+        epoch: int,
+        batch_size: int,
+        num_classes: int,
+        workers: int = 0,
+        splits: Sequence[str] = ("train",),
+    ) -> Iterator[Batch]:
+        """The views that `train_batches` shows of these positions in this epoch, in the order asked for."""
+        part = self.pool(splits)
+        samples = loaders.TrainSamples(part, preprocessing, augment, seed=seed, epoch=epoch, num_classes=num_classes)
+        batches = [positions[at : at + batch_size] for at in range(0, len(positions), batch_size)]
+        return (Batch(*found, epoch) for found in loaders.read(samples, batches, workers))
 
     def _is_imagenet(self, num_classes: int) -> bool:
         return num_classes == len(imagenet_names()) and set(self.classes) <= set(imagenet_names())

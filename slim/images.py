@@ -106,6 +106,29 @@ class ArrayImages:
 
 
 @dataclass(frozen=True, eq=False)
+class JoinedImages:
+    """Images of several stores; `train/x.jpg` is what the part `train` calls `x.jpg`."""
+
+    parts: Mapping[str, Images]
+
+    @cached_property
+    def id(self) -> str:
+        """`joined:` and a sha256 over the names and fingerprints of the parts."""
+        lines = "".join(f"{name}\0{part.id}\n" for name, part in sorted(self.parts.items()))
+        return f"joined:{hashlib.sha256(lines.encode()).hexdigest()}"
+
+    def open(self, name: str) -> Image.Image:
+        """The image in RGB."""
+        part, _, inner = name.partition("/")
+        return self.parts[part].open(inner)
+
+    def place(self, name: str) -> str:
+        """Where the part has it."""
+        part, _, inner = name.partition("/")
+        return self.parts[part].place(inner)
+
+
+@dataclass(frozen=True, eq=False)
 class Split:
     """An ordered part of a dataset."""
 
@@ -122,6 +145,15 @@ class Split:
     def take(self, indices: Sequence[int]) -> Split:
         """The images at these positions, in this order."""
         return Split(self.images, tuple(self.names[i] for i in indices), tuple(self.labels[i] for i in indices))
+
+    @classmethod
+    def joined(cls, parts: Mapping[str, Split]) -> Split:
+        """The images of all `parts`, one after another."""
+        return cls(
+            JoinedImages({part: split.images for part, split in parts.items()}),
+            tuple(f"{part}/{name}" for part, split in parts.items() for name in split.names),
+            tuple(label for split in parts.values() for label in split.labels),
+        )
 
     def hash_order(self, seed: int) -> list[int]:
         """Positions ordered by sha256(name, seed): a shuffle that no file added or removed elsewhere disturbs."""

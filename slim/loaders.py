@@ -14,7 +14,7 @@ import random
 import struct
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -33,9 +33,21 @@ UNREADABLE_SHARE = 0.01
 # What Pillow raises on broken files: OSError for most, SyntaxError for PNG chunks, the rest from single decoders.
 DECODE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError)
 
-Sample = tuple[Tensor | None, Tensor | None, dict[str, str]]
-Batch = tuple[Tensor | None, Tensor | None, dict[str, str]]
+Sample = tuple[Tensor | None, Tensor | None, int, dict[str, str]]
+"""Image, target, position in the split, and the names of what could not be read, with the reason."""
 log = logging.getLogger("slim")
+
+
+class Batch(NamedTuple):
+    """B augmented images of one epoch. A view is a function of (seed, epoch, position) alone."""
+
+    images: Tensor
+    """(B, 3, H, W) float32, normalised as the network wants them."""
+    target: Tensor
+    """(B,) int64, or (B, classes) float32 where targets are soft; -1 or a row of zeros where there is no label."""
+    positions: Tensor
+    """(B,) int64, the place of each image in what is trained on."""
+    epoch: int
 
 
 class Augment(BaseModel):
@@ -117,8 +129,8 @@ class EvalSamples(Dataset[Sample]):
         try:
             image = self.split.images.open(name)
         except DECODE_ERRORS as error:
-            return None, None, {name: _reason(error)}
-        return self.transform(image), torch.tensor(self.split.labels[index]), {}
+            return None, None, index, {name: _reason(error)}
+        return self.transform(image), torch.tensor(self.split.labels[index]), index, {}
 
 
 class TrainSamples(Dataset[Sample]):
@@ -129,22 +141,24 @@ class TrainSamples(Dataset[Sample]):
     ) -> None:
         self.split, self.augment, self.num_classes, self.key = split, augment, num_classes, (seed, epoch)
         self.transform = train_transform(preprocessing, augment)
-        self.mixup = mixup_of_pairs(augment, num_classes)
+        self.mixup = mixup_of_pairs(augment, num_classes + (min(split.labels) < 0))
 
     def __getitem__(self, index: int) -> Sample:
         unreadable: dict[str, str] = {}
         sample = self._augmented(index, unreadable)
         if sample is None:
-            return None, None, unreadable
+            return None, None, index, unreadable
         image, label = sample
         if self.mixup is not None:
             partner = self._augmented(self._partner(index), unreadable)
             if partner is None:
-                return None, None, unreadable
+                return None, None, index, unreadable
+            # An image without a label is of a class beyond the others, whose share is then left out.
+            labels = torch.tensor([known if known >= 0 else self.num_classes for known in (label, partner[1])])
             with seeded(*self.key, index, 1):
-                pair, targets = self.mixup(torch.stack([image, partner[0]]), torch.tensor([label, partner[1]]))
-            return pair[0], targets[0], unreadable
-        return image, self._target(label), unreadable
+                pair, targets = self.mixup(torch.stack([image, partner[0]]), labels)
+            return pair[0], targets[0][: self.num_classes], index, unreadable
+        return image, self._target(label), index, unreadable
 
     def _augmented(self, index: int, unreadable: dict[str, str]) -> tuple[Tensor, int] | None:
         """The image at `index`, or the next readable one, as a batch must have the same size on every rank.
@@ -168,6 +182,8 @@ class TrainSamples(Dataset[Sample]):
     def _target(self, label: int) -> Tensor:
         if not self.augment.smoothing:
             return torch.tensor(label)
+        if label < 0:
+            return torch.zeros(self.num_classes)
         from timm.data.mixup import mixup_target
 
         soft: Tensor = mixup_target(torch.tensor([label]), self.num_classes, smoothing=self.augment.smoothing)
@@ -219,8 +235,8 @@ def mixup_of_pairs(augment: Augment, num_classes: int) -> Callable[[Tensor, Tens
 
 def read(
     samples: EvalSamples | TrainSamples, batches: Sequence[Sequence[int]], workers: int
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Batches of the given positions: images (B, 3, H, W) float32 and their targets.
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Batches of the given positions: images (B, 3, H, W) float32, their targets, and the positions that could be read.
 
     Raises:
         DataError: more of the split is unreadable than UNREADABLE_SHARE allows, or all of it.
@@ -232,18 +248,21 @@ def read(
         collate_fn=collate,
         generator=torch.Generator().manual_seed(0),  # else starting an epoch draws from the global generator
     )
-    for images, targets, unreadable in loader:
+    for images, targets, positions, unreadable in loader:
         _count_unreadable(samples.split, unreadable)
         if images is not None:
-            yield images, targets
+            yield images, targets, positions
 
 
-def collate(samples: Sequence[Sample]) -> Batch:
+def collate(samples: Sequence[Sample]) -> tuple[Tensor | None, Tensor | None, Tensor | None, dict[str, str]]:
     """Stack what could be read; hand on the names of what could not, as this may run in a worker process."""
-    unreadable = {name: why for _, _, names in samples for name, why in names.items()}
-    images = [image for image, _, _ in samples if image is not None]
-    targets = [target for _, target, _ in samples if target is not None]
-    return (torch.stack(images), torch.stack(targets), unreadable) if images else (None, None, unreadable)
+    unreadable = {name: why for _, _, _, names in samples for name, why in names.items()}
+    images = [image for image, _, _, _ in samples if image is not None]
+    targets = [target for _, target, _, _ in samples if target is not None]
+    positions = torch.tensor([position for image, _, position, _ in samples if image is not None])
+    return (
+        (torch.stack(images), torch.stack(targets), positions, unreadable) if images else (None, None, None, unreadable)
+    )
 
 
 def allowed_unreadable(split: Split) -> int:

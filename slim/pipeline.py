@@ -11,7 +11,7 @@ import time
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, JsonValue
 
 from slim import costs, environment, store, verify
 from slim.artifact import Artifact
@@ -64,6 +64,11 @@ class Guard(BaseModel):
         return f"lost {drop.value:.2f} points ({interval}), allowed {self.max_drop:g}"
 
 
+def leads(stage: Stage) -> bool:
+    """Whether the stage is the leading one of repairs; every other begins with what its repairs belong to."""
+    return stage[0][1].role == "repair"
+
+
 @dataclass(frozen=True)
 class Result:
     """What a pipeline leaves."""
@@ -88,8 +93,9 @@ class Pipeline:
         `fresh_head`: why the classifier has never been trained, empty where it has.
 
         Raises:
-            OrderError: a pass lacks a trait, or a `prepare` has no structure after it.
+            OrderError: a pass lacks a trait, a `prepare` has no structure after it, or a recovery none before.
             DataError: a pass needs a split that the data lacks, or a fresh head is not trained first.
+            SlimError: whatever else a pass finds that it cannot work with.
         """
         traits = store.traits(artifact)
         ended, dropped_by = store.dropped_by(artifact), dict[str, str]()
@@ -123,6 +129,19 @@ class Pipeline:
         if fresh_head and context.data is not None and not (self.passes and self.passes[0].trains):
             first = f"{self.passes[0].name!r} does not" if self.passes else "there is none"
             raise DataError(f"{fresh_head}: the first pass must train it, and {first}; begin with finetune")
+        for stage in self.stages():
+            for position, step in stage:
+                if step.recovers and leads(stage):
+                    raise OrderError(
+                        f"step {position} {step.name!r} learns from the network before its stage, but no structural"
+                        " pass comes before it; give --teacher NAME or PATH, or put it behind one"
+                    )
+        self.forecast(artifact, context)
+
+    def forecast(self, artifact: Artifact, context: Context) -> list[dict[str, JsonValue]]:
+        """What each pass will cost, by name; raises what a pass finds that it cannot work with."""
+        known = replace(context, backbone=artifact.backbone, reference=artifact, dense=artifact)
+        return [step.forecast(artifact, known) for step in self.passes]
 
     def stages(self) -> list[Stage]:
         """prepare* structure repair*; leading repairs are a stage of their own."""
@@ -140,12 +159,13 @@ class Pipeline:
         """Run every stage. With a `run`, each finished step is kept there, and taken from there when it is found."""
         self.check(artifact, context)
         good = dense = artifact
+        context = replace(context, backbone=artifact.backbone)
         records: list[Record] = []
         for number, stage in enumerate(self.stages(), 1):
-            stage_context = replace(context, reference=good, guard=self.guard.on)
+            stage_context = replace(context, reference=good, dense=dense, guard=self.guard.on)
             good, finished = self._run_stage(number, stage, good, stage_context, run)
             records += finished
-            if stage[0][1].role == "repair":  # the leading stage; every other begins with what its repairs belong to
+            if leads(stage):
                 dense = good
         return Result(good, dense, tuple(records))
 

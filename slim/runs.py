@@ -75,6 +75,7 @@ def step_key(step: Pass, given: Artifact, reference: Artifact, context: Context)
         "seed": str(context.seed),
         "guard": str(context.guard),
         "libraries": json.dumps(environment.versions(), sort_keys=True),
+        **step.sources(context),
     }
     if step.reads and context.data is not None:
         key["data"] = context.data.id

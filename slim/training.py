@@ -10,7 +10,7 @@ import difflib
 import hashlib
 import io
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,15 +18,17 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, field_validator
 from torch import Tensor, nn
 
-from slim import distributed, store
+from slim import distributed, store, surgery
 from slim.contract import Context
-from slim.data import Augment
+from slim.data import Augment, Batch
 from slim.errors import DivergedError, PassError, StoreError
 
-Objective = Callable[[nn.Module, Tensor, Tensor], Tensor]
-"""`objective(model, images, target)` -> scalar loss, the mean over B. images: (B, C, H, W) float; target: (B,) int64 or
-(B, classes)."""
+Objective = Callable[[nn.Module, Batch], Mapping[str, Tensor]]
+"""`objective(model, batch)` -> named losses, scalars, each the mean over B; their sum is what is trained on. Where it
+is a module, its parameters are trained along with the network's, and left behind."""
 
+TOTAL = "total"
+"""Name under which the sum of the losses is kept."""
 CHECKPOINT_EVERY = 200
 """Steps between checkpoints; one is also written at the end of each epoch."""
 
@@ -50,6 +52,8 @@ class Training(BaseModel):
     """Largest norm of the gradient; 0 does not clip."""
     ema: float = Field(default=0.0, ge=0, lt=1)
     """Decay of the moving average of the values, which then replaces them; 0 keeps none."""
+    trainable: Literal["all", "head"] = "all"
+    """Which values are trained; `head` is the classifier alone, and the norms keep their statistics."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     """Arithmetic of the forward pass; `auto` takes bf16 where the device computes in it."""
 
@@ -69,27 +73,33 @@ class Training(BaseModel):
 
 
 def train(
-    model: nn.Module, objective: Objective, training: Training, augment: Augment, context: Context
+    model: nn.Module,
+    objective: Objective,
+    training: Training,
+    augment: Augment,
+    context: Context,
+    splits: Sequence[str] = ("train",),
 ) -> dict[str, JsonValue]:
-    """Train `model` in place; it ends on the CPU.
+    """Train `model` in place on the images of `splits`; it ends on the CPU.
 
     Returns:
-        `loss`: mean per epoch, over all processes; `steps`; `images`; `precision`.
+        `loss`: mean per epoch, over all processes; `losses`: the same by name, where there are several; `steps`;
+        `images`; `precision`.
 
     Raises:
         DivergedError: the loss is no longer a number; the last checkpoint is from before.
-        PassError: the optimiser cannot be made here.
+        PassError: the optimiser cannot be made here, or there is no classifier to train alone.
         StoreError: the checkpoint is damaged, or cannot be written.
     """
     data, backbone = context.data, context.backbone
     assert data is not None  # Pipeline.check saw to it
     assert backbone is not None  # Pass.__call__ set it
-    per_epoch = data.steps(context.loading.batch_size)
+    per_epoch = data.steps(context.loading.batch_size, splits)
     total = per_epoch * training.epochs
-    batch = min(context.loading.batch_size, len(data.split("train")))
+    batch = min(context.loading.batch_size, len(data.pool(splits)))
     # Drawn from by dropout and drop path; left as the caller had it.
     with torch.random.fork_rng(devices=[context.device] if context.device.type == "cuda" else []):
-        state = _State(model, training, total, batch, context)
+        state = _State(model, objective, training, total, batch, context)
         with context.progress(f"training {training.epochs} epochs", total) as advance:
             advance(state.step, "")
             while state.step < total:
@@ -105,12 +115,17 @@ def train(
                     world=distributed.world(),
                     start=start,
                     workers=context.loading.workers,
+                    splits=splits,
                 )
-                _epoch(state, objective, batches, advance, last=(epoch + 1) * per_epoch)
-    means = [math.fsum(state.losses[i : i + per_epoch]) / per_epoch for i in range(0, total, per_epoch)]
+                _epoch(state, batches, advance, last=(epoch + 1) * per_epoch)
+    means: dict[str, JsonValue] = {
+        name: [round(math.fsum(values[i : i + per_epoch]) / per_epoch, 6) for i in range(0, total, per_epoch)]
+        for name, values in state.losses.items()
+    }
     state.finish()
     return {
-        "loss": [round(mean, 6) for mean in means],
+        "loss": means.pop(TOTAL),
+        **({"losses": means} if len(means) > 1 else {}),
         "steps": total,
         "images": total * batch,
         "precision": state.precision,
@@ -119,13 +134,12 @@ def train(
 
 def _epoch(
     state: _State,
-    objective: Objective,
-    batches: Iterator[tuple[Tensor, Tensor]],
+    batches: Iterator[Batch],
     advance: Callable[..., None],
     last: int,
 ) -> None:
-    for images, target in batches:
-        loss = state.advance(objective, images, target)
+    for batch in batches:
+        loss = state.advance(batch)
         advance(1, f"loss {loss:.3f}" if state.step % 5 == 0 else None)
         if state.step % CHECKPOINT_EVERY == 0 or state.step == last:
             state.keep()
@@ -146,10 +160,28 @@ def schedule_of(optimizer: torch.optim.Optimizer, total: int, warmup: float) -> 
     )
 
 
+class _Learner(nn.Module):
+    """The network and its objective as one module, so that gradients of both are averaged over processes."""
+
+    def __init__(self, model: nn.Module, objective: Objective) -> None:
+        super().__init__()
+        self.model, self.objective = model, objective
+
+    def forward(self, batch: Batch) -> Mapping[str, Tensor]:
+        return self.objective(self.model, batch)
+
+    def no_weight_decay(self) -> set[str]:
+        """What timm's optimisers leave undecayed because the network says so, such as position embeddings."""
+        names = self.model.no_weight_decay() if hasattr(self.model, "no_weight_decay") else ()  # type: ignore[operator]
+        return {f"model.{name}" for name in names}
+
+
 class _State:
     """What a step changes: values, optimiser, moving average; saved and taken up again as a whole."""
 
-    def __init__(self, model: nn.Module, training: Training, total: int, batch: int, context: Context) -> None:
+    def __init__(
+        self, model: nn.Module, objective: Objective, training: Training, total: int, batch: int, context: Context
+    ) -> None:
         from accelerate import Accelerator
         from timm.optim import create_optimizer_v2
         from timm.utils import ModelEmaV3
@@ -158,12 +190,15 @@ class _State:
         distributed.join()
         self.accelerator = Accelerator(cpu=context.device.type == "cpu", mixed_precision="no")
         self.precision = resolve_precision(training.precision, context.device)
+        self.learner = _Learner(model, objective)
         # Convolutions are faster in this layout, on CPUs and GPUs alike; `finish` puts the usual one back.
-        model.to(context.device).to(memory_format=torch.channels_last)
-        model.train()
+        self.learner.to(context.device).to(memory_format=torch.channels_last)
+        self.learner.train()
+        if training.trainable == "head":
+            _hold_all_but_head(model)
         try:
             optimizer = create_optimizer_v2(
-                model, opt=training.optimizer, lr=training.lr, weight_decay=training.weight_decay
+                self.learner, opt=training.optimizer, lr=training.lr, weight_decay=training.weight_decay
             )
         except (AssertionError, ImportError, RuntimeError, ValueError) as error:
             detail = " ".join(str(error).split())[:200]
@@ -171,14 +206,14 @@ class _State:
                 f"training: optimizer {training.optimizer!r} cannot be made here ({detail}); choose another"
             ) from error
         self.ema = ModelEmaV3(model, decay=training.ema) if training.ema else None
-        self.wrapped, self.optimizer = self.accelerator.prepare(model, optimizer)
+        self.wrapped, self.optimizer = self.accelerator.prepare(self.learner, optimizer)
         self.schedule = schedule_of(optimizer, total, training.warmup)
         self.step = self.saved = 0
-        self.losses: list[float] = []
+        self.losses: dict[str, list[float]] = {TOTAL: []}
         self._kept: bytes | None = None
         self._take_up()
 
-    def advance(self, objective: Objective, images: Tensor, target: Tensor) -> float:
+    def advance(self, batch: Batch) -> float:
         """One optimiser step; the loss of it, over all processes."""
         device = self.context.device
         # By step, not carried on: a run taken up from a checkpoint draws what the uninterrupted one drew.
@@ -186,12 +221,18 @@ class _State:
         self.schedule.step_update(self.step)
         self.optimizer.zero_grad()
         with torch.autocast(device.type, torch.bfloat16, enabled=self.precision == "bf16"):
-            inputs = images.to(device, non_blocking=True, memory_format=torch.channels_last)
-            loss = objective(self.wrapped, inputs, target.to(device, non_blocking=True))
+            images = batch.images.to(device, non_blocking=True, memory_format=torch.channels_last)
+            target = batch.target.to(device, non_blocking=True)
+            named = self.wrapped(batch._replace(images=images, target=target))
         # Gradients and losses are averaged over processes, whose shares of a batch may differ by one image.
-        loss = loss * (len(images) * distributed.world() / self.batch)
-        self.accelerator.backward(loss)
-        value = float(self.accelerator.reduce(loss.detach(), "mean"))
+        share = len(images) * distributed.world() / self.batch
+        losses = {
+            TOTAL: torch.stack([*named.values()]).sum() * share,
+            **{name: one * share for name, one in named.items()},
+        }
+        self.accelerator.backward(losses[TOTAL])
+        values = self.accelerator.reduce(torch.stack([one.detach() for one in losses.values()]), "mean").tolist()
+        value: float = values[0]
         if not math.isfinite(value):
             raise DivergedError(f"training: loss is {value} at step {self.step + 1} of {self.total}; {self._way_out()}")
         self._write()
@@ -201,7 +242,8 @@ class _State:
         self.step += 1
         if self.ema is not None:
             self.ema.update(self.model, step=self.step)
-        self.losses.append(value)
+        for name, one in zip(losses, values, strict=True):
+            self.losses.setdefault(name, []).append(one)
         return value
 
     def keep(self) -> None:
@@ -213,7 +255,7 @@ class _State:
             {
                 "step": self.step,
                 "losses": self.losses,
-                "model": self.model.state_dict(),
+                "values": self.learner.state_dict(),
                 "optimizer": self.optimizer.state_dict(),
                 "ema": self.ema.module.state_dict() if self.ema is not None else {},
             },
@@ -236,12 +278,12 @@ class _State:
         saved = distributed.on_main(lambda: _read_checkpoint(path) if path.exists() else None)
         if saved is None:
             return
-        self.model.load_state_dict(saved["model"])
+        self.learner.load_state_dict(saved["values"])
         self.optimizer.load_state_dict(saved["optimizer"])
         if self.ema is not None:
             self.ema.module.load_state_dict(saved["ema"])
         self.step = self.saved = saved["step"]
-        self.losses = list(saved["losses"])
+        self.losses = {name: list(values) for name, values in saved["losses"].items()}
         self.context.log.info("training goes on from step %d of %d (%s)", self.step, self.total, path.name)
 
     def _way_out(self) -> str:
@@ -257,14 +299,27 @@ class _State:
         if self.ema is not None:
             self.model.load_state_dict(self.ema.module.state_dict())
         self.model.zero_grad(set_to_none=True)
+        self.model.requires_grad_(True)
         self.model.to("cpu").to(memory_format=torch.contiguous_format)
         self.model.eval()
         # It holds the wrapped network and the optimiser in a cycle, and with them the device's memory.
         self.wrapped = self.optimizer = None
+        del self.learner
         self.accelerator.free_memory()
         for name, value in self.model.state_dict().items():
             if not value.isfinite().all():
                 raise DivergedError(f"training: {name!r} is not finite after step {self.total}; {self._way_out()}")
+
+
+def _hold_all_but_head(model: nn.Module) -> None:
+    heads = surgery.classifiers(model)
+    if not heads:
+        raise PassError(
+            f"training: {type(model).__name__} does not say which layer is its classifier; use trainable all"
+        )
+    model.requires_grad_(False).eval()
+    for name in heads:
+        model.get_submodule(name).requires_grad_(True).train()
 
 
 def _read_checkpoint(path: Path) -> dict[str, Any]:

@@ -26,6 +26,7 @@ SMALL = Preprocessing(size=(3, 16, 16), mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5
 PLAIN = Augment(flip=0, scale_low=1)
 EVERYTHING = Augment(color_jitter=0.4, mixup=0.8, cutmix=1.0, smoothing=0.1, erase=0.5)
 Batches = list[tuple[Tensor, Tensor]]
+"""Images and targets."""
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +36,7 @@ def digits() -> Data:
 
 def batches(data: Data, augment: Augment = EVERYTHING, **options: Any) -> Batches:
     defaults = {"seed": 1, "epoch": 0, "batch_size": 12, "num_classes": len(data.classes)}
-    return list(data.train_batches(SMALL, augment, **{**defaults, **options}))
+    return [(batch.images, batch.target) for batch in data.train_batches(SMALL, augment, **{**defaults, **options})]
 
 
 def equal(a: Batches, b: Batches) -> bool:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from slim import job, recipe, training
 from slim.artifact import Artifact, Backbone, Preprocessing, state_digest
 from slim.contract import Context, Loading
-from slim.data import Augment, Data, open_data
+from slim.data import Augment, Batch, Data, open_data
 from slim.errors import DivergedError, PassError, RecipeError, StoreError
 from slim.passes.finetune import Finetune, label_loss
 from slim.training import Training, schedule_of
@@ -76,10 +76,10 @@ class At:
     def __init__(self, step: int, loss: Any) -> None:
         self.step, self.loss, self.calls = step, loss, 0
 
-    def __call__(self, model: nn.Module, images: Tensor, target: Tensor) -> Tensor:
+    def __call__(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
         self.calls += 1
-        usual = label_loss(model, images, target)
-        return self.loss(usual) if self.calls == self.step else usual
+        usual = label_loss(model, batch)
+        return {"label": self.loss(usual["label"])} if self.calls == self.step else usual
 
 
 def interrupt(loss: Tensor) -> Tensor:
@@ -232,9 +232,9 @@ def test_divergence_names_the_step_of_the_chain_and_ends_with_1(tmp_path: Path) 
 def test_the_moving_average_replaces_the_values(digits: Data) -> None:
     seen: list[dict[str, Tensor]] = []
 
-    def watched(model: nn.Module, images: Tensor, target: Tensor) -> Tensor:
+    def watched(model: nn.Module, batch: Batch) -> dict[str, Tensor]:
         seen.append({name: value.detach().clone() for name, value in model.named_parameters()})
-        return label_loss(model, images, target)
+        return label_loss(model, batch)
 
     last, _ = trained(digits, objective=watched)
     averaged, _ = trained(digits, ema=0.75)
@@ -249,9 +249,9 @@ def test_the_moving_average_replaces_the_values(digits: Data) -> None:
 def test_losses_are_recorded_as_means_of_each_epoch(digits: Data) -> None:
     losses: list[float] = []
 
-    def recorded(model: nn.Module, images: Tensor, target: Tensor) -> Tensor:
-        loss = label_loss(model, images, target)
-        losses.append(float(loss.detach()))
+    def recorded(model: nn.Module, batch: Batch) -> dict[str, Tensor]:
+        loss = label_loss(model, batch)
+        losses.append(float(loss["label"].detach()))
         return loss
 
     _, figures = trained(digits, objective=recorded, epochs=2)
@@ -270,10 +270,10 @@ def test_images_of_a_split_smaller_than_the_batch_are_counted_once() -> None:
 def test_precision_is_that_of_the_forward_pass_and_never_of_the_values(wanted: str, digits: Data) -> None:
     dtypes: set[torch.dtype] = set()
 
-    def watched(model: nn.Module, images: Tensor, target: Tensor) -> Tensor:
-        outputs = model(images)
+    def watched(model: nn.Module, batch: Batch) -> dict[str, Tensor]:
+        outputs = model(batch.images)
         dtypes.add(outputs.dtype)
-        return F.cross_entropy(outputs.float(), target)
+        return {"label": F.cross_entropy(outputs.float(), batch.target)}
 
     model, figures = trained(digits, objective=watched, epochs=1, precision=wanted)
     here = "bf16" if torch.cpu._is_avx512_bf16_supported() else "fp32"

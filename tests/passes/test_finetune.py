@@ -11,7 +11,7 @@ from torch import nn
 
 from slim.artifact import Artifact, Backbone, Preprocessing
 from slim.contract import Context, Loading
-from slim.data import Data, open_data
+from slim.data import Batch, Data, open_data
 from slim.errors import DataError
 from slim.passes.finetune import Finetune, label_loss
 from slim.pipeline import Pipeline
@@ -127,11 +127,14 @@ class Fixed(nn.Module):
 def test_the_loss_by_hand() -> None:
     # Two classes, logits 0 and log 3: probabilities 1/4 and 3/4.
     model = Fixed(torch.tensor([[0.0, 3.0], [0.0, 3.0]]).clamp(min=1).log().to(torch.bfloat16))
-    images = torch.zeros(2, 3, 1, 1)
     exact = model.logits.float()
-    hard = label_loss(model, images, torch.tensor([1, 0]))
+
+    def loss_of(target: torch.Tensor) -> torch.Tensor:
+        return label_loss(model, Batch(torch.zeros(2, 3, 1, 1), target, torch.arange(2), 0))["label"]
+
+    hard = loss_of(torch.tensor([1, 0]))
     assert hard.dtype == torch.float32
     torch.testing.assert_close(hard, -F.log_softmax(exact, 1)[[0, 1], [1, 0]].mean())
     assert float(hard) == pytest.approx((torch.tensor([4 / 3, 4.0]).log().mean()).item(), rel=1e-2)  # bf16 logits
-    soft = label_loss(model, images, torch.tensor([[0.5, 0.5], [0.5, 0.5]]))
+    soft = loss_of(torch.tensor([[0.5, 0.5], [0.5, 0.5]]))
     assert float(soft) == pytest.approx(float(hard))  # one of each is the half of both
