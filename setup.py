@@ -3,9 +3,10 @@
 from setuptools import setup
 
 PARTS = ("passes", "export", "bench")  # real folders at the root, imported as slim.<part>
+FOLDERS = ("passes.distill",)  # methods that outgrew one file
 
 setup(
-    packages=["slim", *(f"slim.{part}" for part in PARTS)],
+    packages=["slim", *(f"slim.{part}" for part in PARTS), *(f"slim.{folder}" for folder in FOLDERS)],
     package_dir={"slim": "slim", **{f"slim.{part}": part for part in PARTS}},
     package_data={
         "slim": ["py.typed"],

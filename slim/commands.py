@@ -22,7 +22,7 @@ from rich.table import Table
 
 from slim import console, environment, job, recipe, store
 from slim.artifact import Artifact, Preprocessing
-from slim.bench import budget, latency
+from slim.bench import budget, latency, wording
 from slim.bench import gate as gates
 from slim.bench.measure import measure_accuracy, noise
 from slim.bench.report import to_console
@@ -64,7 +64,8 @@ def dry_run(given: Recipe, *, trust: bool, as_json: bool) -> None:
     data, backbone, guard = prepared.start.data, prepared.start.artifact.backbone, given.guard
     splits = {name: len(split) for name, split in data.splits.items()} if data else {}
     if as_json:
-        click.echo(json.dumps({"recipe": given.resolved(), "splits": splits}))
+        forecasts = list(prepared.forecasts)
+        click.echo(json.dumps({"recipe": given.resolved(), "splits": splits, "forecasts": forecasts}))
         return
     head = " (new head)" if prepared.start.fresh_head else ""
     size = "x".join(map(str, backbone.input.size))
@@ -78,8 +79,18 @@ def dry_run(given: Recipe, *, trust: bool, as_json: bool) -> None:
         for position, step in stage:
             words = _settings(step.model_dump(mode="json", exclude_defaults=True))
             _say(f"stage {number}", f"{position} {step.name} ({step.role}): {words}")
+            for name, value in prepared.forecasts[position - 1].items():
+                _say("", f"  {_expected(name, value)}")
     _say("export", given.export.format if given.export else "none")
     stdout.print("Order and inputs can work; nothing was done.")
+
+
+def _expected(name: str, value: Any) -> str:
+    """`teacher macs 75.1 M`: a figure of a forecast, scaled by the unit that ends its name."""
+    unit = name.rpartition("_")[2]
+    if unit not in ("macs", "params", "bytes"):
+        return f"{name.replace('_', ' ')} {value}"
+    return f"{name.replace('_', ' ')} {wording.number(Measurement(metric=name, value=value, unit=unit))}"
 
 
 def show(folder: Path, *, trust: bool, as_json: bool) -> None:

@@ -210,8 +210,15 @@ class Pass(BaseModel):
         """
         from slim import verify
 
-        context = replace(context or Context(), history=artifact.history, backbone=artifact.backbone)
+        context = context or Context()
         reference = context.reference or artifact
+        context = replace(
+            context,
+            history=artifact.history,
+            backbone=artifact.backbone,
+            reference=reference,
+            dense=context.dense or reference,
+        )
         # Taken now, so that a pass that changes what it was given is found out afterwards.
         digests = {"input": artifact.digest, "reference": reference.digest, **self.sources(context)}
         config = verify.config_returns(self)

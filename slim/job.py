@@ -10,11 +10,12 @@ import os
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from pydantic import JsonValue
 
 from slim import costs, environment, store
 from slim.artifact import Artifact
@@ -45,6 +46,8 @@ class Job:
     start: Start
     target: Target | None
     device: torch.device
+    forecasts: tuple[dict[str, JsonValue], ...] = ()
+    """What each pass will cost, by name."""
 
     def context(self, **fields: Any) -> Context:
         """What the passes may use."""
@@ -80,8 +83,9 @@ def prepare(recipe: Recipe, *, trust: bool = False) -> Job:
     )
     begin = start(recipe.model, data, seed=recipe.seed, trust=trust)
     job = Job(recipe, begin, target, _device(recipe.device))
-    recipe.pipeline().check(begin.artifact, job.context(), fresh_head=begin.fresh_head)
-    return job
+    pipeline, context = recipe.pipeline(), job.context()
+    pipeline.check(begin.artifact, context, fresh_head=begin.fresh_head)
+    return replace(job, forecasts=tuple(pipeline.forecast(begin.artifact, context)))
 
 
 def execute(job: Job, out: Path, *, resume: bool = False, progress: Progress = no_progress) -> Run:

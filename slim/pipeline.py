@@ -95,7 +95,6 @@ class Pipeline:
         Raises:
             OrderError: a pass lacks a trait, a `prepare` has no structure after it, or a recovery none before.
             DataError: a pass needs a split that the data lacks, or a fresh head is not trained first.
-            SlimError: whatever else a pass finds that it cannot work with.
         """
         traits = store.traits(artifact)
         ended, dropped_by = store.dropped_by(artifact), dict[str, str]()
@@ -136,10 +135,13 @@ class Pipeline:
                         f"step {position} {step.name!r} learns from the network before its stage, but no structural"
                         " pass comes before it; give --teacher NAME or PATH, or put it behind one"
                     )
-        self.forecast(artifact, context)
 
     def forecast(self, artifact: Artifact, context: Context) -> list[dict[str, JsonValue]]:
-        """What each pass will cost, by name; raises what a pass finds that it cannot work with."""
+        """What each pass will cost, by name, before any work starts.
+
+        Raises:
+            SlimError: a pass cannot work with this network, teacher or data.
+        """
         known = replace(context, backbone=artifact.backbone, reference=artifact, dense=artifact)
         return [step.forecast(artifact, known) for step in self.passes]
 

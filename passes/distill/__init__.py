@@ -1,0 +1,3 @@
+"""Distillation: one pass, whose methods are small objectives that share one contract (method.py)."""
+
+from slim.passes.distill.distill import Distill as Distill

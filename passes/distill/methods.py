@@ -1,0 +1,151 @@
+"""The table of methods: the words of `--method`, and how each is made for a pair of networks."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from slim.errors import PassError, did_you_mean
+from slim.passes.distill import taps
+from slim.passes.distill.embedding import EmbeddingTarget
+from slim.passes.distill.hidden import Hidden
+from slim.passes.distill.method import Method
+from slim.passes.distill.scalekd import ScaleKD
+from slim.passes.distill.soft_targets import Decoupled, Relational, SoftTargets, Token
+
+if TYPE_CHECKING:
+    from slim.passes.distill.distill import Distill
+
+WEIGHTS: dict[str, float] = {
+    "kd": 1.0,
+    "reverse-kl": 1.0,
+    "jeffreys": 1.0,
+    "js": 1.0,
+    "dkd": 1.0,
+    "dist": 2.0,
+    "token": 1.0,
+    "token-soft": 1.0,
+    "hidden": 1.0,
+    "cosine": 1.0,
+    "infonce": 1.0,
+    "scalekd": 1.0,
+}
+"""Method -> its weight where none is given."""
+BEYOND_LOGITS = frozenset({"hidden", "cosine", "infonce", "scalekd"})
+"""Methods that read features, and leave the classifier alone."""
+RECOVER = "recover"
+"""Stands for kd and hidden, which then may find no map to compare."""
+
+
+@dataclass(frozen=True)
+class Pair:
+    """The networks a method is made for."""
+
+    student: nn.Module
+    student_size: tuple[int, int, int]
+    teacher: nn.Module
+    teacher_size: tuple[int, int, int]
+
+
+def parse(given: Sequence[str]) -> list[tuple[str, float]]:
+    """`("kd", "dist=2")` as names and weights. Raises ValueError naming what is wrong."""
+    found: list[tuple[str, float]] = []
+    for entry in given:
+        name, equals, text = entry.partition("=")
+        if name not in (*WEIGHTS, RECOVER):
+            raise ValueError(f"{name!r} is unknown{did_you_mean(name, [*WEIGHTS, RECOVER])}")
+        try:
+            weight = float(text) if equals else WEIGHTS.get(name, 1.0)
+        except ValueError:
+            weight = math.nan
+        if not 0 < weight < math.inf:
+            raise ValueError(f"{entry!r}: the weight of a method is a number above 0, such as {name}=0.5")
+        if name in (other for other, _ in found):
+            raise ValueError(f"{name!r} is given twice; once is enough, with a weight")
+        found.append((name, weight))
+    return found
+
+
+def reads_logits(given: Sequence[str]) -> bool:
+    """Whether any method trains the classifier."""
+    return any(name not in BEYOND_LOGITS for name, _ in parse(given))
+
+
+def build(options: Distill, pair: Pair, *, seed: int) -> list[tuple[Method, float]]:
+    """The methods of `options`, made for `pair`, each with its weight.
+
+    Raises:
+        PassError: a method cannot be placed on this pair, and why.
+    """
+    made: list[tuple[Method, float]] = []
+    # What a method trains along starts from the seed, and nobody else's draws are disturbed.
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        for name, weight in parse(options.method):
+            if name == RECOVER:
+                made += [
+                    (_make("kd", options, pair, seed), weight),
+                    (Hidden.place(*_ends(pair), may_be_none=True), weight),
+                ]
+            else:
+                made.append((_make(name, options, pair, seed), weight))
+    return made
+
+
+def _make(name: str, options: Distill, pair: Pair, seed: int) -> Method:
+    temperature, standardize = options.temperature, options.standardize
+    match name:
+        case "kd":
+            return SoftTargets("forward", temperature=temperature, standardize=standardize)
+        case "reverse-kl":
+            return SoftTargets("reverse", temperature=temperature, standardize=standardize)
+        case "jeffreys":
+            return SoftTargets("jeffreys", temperature=temperature, standardize=standardize)
+        case "js":
+            return SoftTargets("js", temperature=temperature, standardize=standardize)
+        case "dkd":
+            return Decoupled(alpha=1.0, beta=options.dkd_beta, temperature=temperature)
+        case "dist":
+            return Relational(temperature=temperature, standardize=standardize)
+        case "token" | "token-soft":
+            if not hasattr(pair.student, "set_distilled_training"):
+                raise PassError(
+                    f"distill: method {name!r} needs a distillation token, which {type(pair.student).__name__} has"
+                    " not; take deit_*_distilled, levit, ..., or --method kd"
+                )
+            return Token(hard=name == "token", temperature=temperature)
+        case "hidden":
+            return Hidden.place(*_ends(pair))
+        case "cosine" | "infonce":
+            ours, theirs = (_width(pair.student, pair.student_size), _width(pair.teacher, pair.teacher_size))
+            return EmbeddingTarget(ours, theirs, kind=name)
+        case "scalekd":
+            return ScaleKD.place(
+                pair.student,
+                pair.student_size,
+                pair.teacher,
+                pair.teacher_size,
+                views=("ori", "alt") if options.scalekd_alt else ("ori",),
+                perception=options.scalekd_perception,
+                tail_blocks=options.scalekd_tail,
+                stem=options.scalekd_stem,
+                paper_scale=options.scalekd_paper_scale,
+                seed=seed,
+            )
+    raise AssertionError(name)  # `parse` knows the same names; a test holds them together
+
+
+def _ends(pair: Pair) -> tuple[nn.Module, tuple[int, int, int], nn.Module, tuple[int, int, int]]:
+    return pair.student, pair.student_size, pair.teacher, pair.teacher_size
+
+
+def _width(model: nn.Module, size: tuple[int, int, int]) -> int:
+    with taps.evaluating(model):
+        pooled = taps.outputs(model, taps.probe(model, size), embedding=True).embedding
+    assert pooled is not None  # asked for
+    return pooled.shape[1]
