@@ -19,7 +19,19 @@ from slim.passes import PASSES
 
 ROOT = Path(__file__).parent.parent
 PARTS = ("passes", "export", "bench")
-PACKAGE = [path for folder in ("slim", *PARTS) for path in sorted((ROOT / folder).glob("*.py"))]
+PACKAGE = [path for folder in ("slim", *PARTS) for path in sorted((ROOT / folder).glob("*.py"))] + [
+    path for part in PARTS for path in sorted((ROOT / part).glob("*/*.py"))
+]
+
+
+def part_of(path: Path) -> str:
+    """`slim`, or the part of it that a file of PACKAGE belongs to."""
+    return path.relative_to(ROOT).parts[0]
+
+
+def name_of(path: Path) -> str:
+    return "/".join(path.relative_to(ROOT).with_suffix("").parts)
+
 
 LOOKS_BACK = {
     "cli": {"passes"},  # the table of passes, for the options and the help
@@ -77,20 +89,22 @@ def test_each_link_leads_to_the_folder_at_the_root(part: str) -> None:
 
 def test_setup_lists_the_folders_and_there_are_no_others() -> None:
     setup = ast.parse((ROOT / "setup.py").read_text())
-    listed = [
-        node.value for node in setup.body if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "PARTS"
-    ]
-    assert [ast.literal_eval(value) for value in listed] == [PARTS]
+    listed = {ast.unparse(node.targets[0]): node.value for node in setup.body if isinstance(node, ast.Assign)}
+    assert ast.literal_eval(listed["PARTS"]) == PARTS
     assert {path.parent.name for path in ROOT.glob("*/__init__.py")} == {"slim", *PARTS}
     assert {path.name for path in (ROOT / "slim").iterdir() if path.is_symlink()} == set(PARTS)
-    # Flat: a folder within one would be missing from setup's list, and so from the wheel.
-    assert {path.parent for path in everything() if path.parents[1] in {ROOT / part for part in PARTS}} == set()
+    # A folder within a part that setup does not list would be missing from the wheel.
+    within = {
+        path.parent.relative_to(ROOT) for path in everything() if path.parents[1] in {ROOT / part for part in PARTS}
+    }
+    assert {".".join(folder.parts) for folder in within} == set(ast.literal_eval(listed["FOLDERS"]))
+    assert all((ROOT / folder / "__init__.py").is_file() for folder in within)
     assert {path.name for path in (ROOT / "slim").iterdir() if any(path.glob("*.py"))} == set(PARTS)
 
 
-@pytest.mark.parametrize("path", PACKAGE, ids=lambda path: f"{path.parent.name}/{path.stem}")
+@pytest.mark.parametrize("path", PACKAGE, ids=name_of)
 def test_imports_point_one_way(path: Path) -> None:
-    folder, found = path.parent.name, list(slim_imports(path))
+    folder, found = part_of(path), list(slim_imports(path))
     names = {name for name, _ in found}
     if folder == "slim":
         if path.stem not in ROADS:
@@ -111,7 +125,7 @@ def test_the_exceptions_are_all_in_use() -> None:
         assert {name for name, _ in slim_imports(ROOT / "slim" / f"{stem}.py")} & set(PARTS)
 
 
-@pytest.mark.parametrize("path", PACKAGE, ids=lambda path: f"{path.parent.name}/{path.stem}")
+@pytest.mark.parametrize("path", PACKAGE, ids=name_of)
 def test_no_part_is_imported_by_its_bare_name(path: Path) -> None:
     assert not {module.split(".")[0] for module, _ in imports(path)} & set(PARTS)
 

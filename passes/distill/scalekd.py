@@ -157,10 +157,10 @@ class ScaleKD(Method):
         if perception:
             target = tail_of(teacher, teacher_size, blocks=tail_blocks)
         else:
-            taps.check(teacher, teacher_size)
             teacher.requires_grad_(False)
             ends = taps.maps_of(teacher, teacher_size)
             target = len(ends) - 1, ends[-1]
+        taps.check(teacher, teacher_size)
         batch_norm = any(isinstance(module, _BatchNorm) for module in student.modules())
         with torch.random.fork_rng(devices=[]), torch.device("meta" if dry else "cpu"):
             torch.default_generator.manual_seed(seed)

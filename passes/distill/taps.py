@@ -52,11 +52,6 @@ def outputs(
     if embedding:
         with _statistics_kept(model):  # the head was called for the logits already
             pooled = network.forward_head(last, pre_logits=True).float()
-        if pooled.ndim != 2:
-            raise PassError(
-                f"distill: the embedding of {_kind(model)} has shape {tuple(pooled.shape)}, not (images, width); "
-                "take a network that pools, or a method that reads no embedding"
-            )
     return Outputs(logits, token_logits, pooled, last if final else None, maps, prefix)
 
 

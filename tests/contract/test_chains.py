@@ -15,6 +15,7 @@ from slim.contract import Context, Loading, Pass, Plan
 from slim.data import Data, open_data
 from slim.errors import OrderError, StoreError
 from slim.passes import PASSES
+from slim.passes.distill import Distill
 from slim.passes.finetune import Finetune
 from slim.passes.low_rank import LowRank
 from slim.pipeline import Pipeline
@@ -27,13 +28,14 @@ def small(name: str, network: str) -> Pass:
     """A pass by its name, set so that it finds work in the zoo's networks."""
     known: dict[str, Pass] = {
         "finetune": Finetune(epochs=1, lr=1e-3, mixup=0.2, precision="fp32"),
+        "distill": Distill(epochs=1, lr=1e-3, precision="fp32"),
         "low-rank": LowRank(ratio=0.5, align=2, min_width=WIDE),
         "low-rank of some": LowRank(ratio=0.5, align=2, min_width=WIDE, skip=(ZOO[network][2],)),
     }
     return known[name]
 
 
-CHAINS = [("finetune", "low-rank", "finetune"), ("low-rank of some", "low-rank")]
+CHAINS = [("finetune", "low-rank", "finetune"), ("low-rank of some", "low-rank"), ("low-rank", "distill")]
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +64,7 @@ def test_a_chain_loads_again_bit_exact(
     digest, macs = start.digest, costs.count(start.model(), SIZE)["macs"]
     steps = [small(name, network) for name in chain]
     for step in steps:
-        after = step(after, Context(data=data, loading=Loading(batch_size=16), seed=7))
+        after = step(after, Context(data=data, loading=Loading(batch_size=16), seed=7, reference=start))
 
     loaded = store.load(store.save(after, tmp_path / "saved"), trust=True)
     assert loaded.digest == after.digest
