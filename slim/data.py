@@ -19,6 +19,7 @@ from slim.artifact import Preprocessing
 from slim.errors import DataError, did_you_mean
 from slim.images import FolderImages, Images, Split
 from slim.loaders import Augment, Batch
+from slim.pool import read_list
 from slim.sources import imagenet_names
 
 __all__ = ["Augment", "Batch", "Data", "Split", "open_data"]
@@ -264,8 +265,9 @@ def _root(source: str, scheme: str, place: str) -> Path:
 
 def _unlabeled(place: str) -> Split:
     root = sources.existing("--unlabeled", place)
-    names = tuple(sources.list_images(root)) if root.is_dir() else ()
-    if not names:
+    if not root.is_dir():
+        root, names = read_list(root)
+    elif not (names := tuple(sources.list_images(root))):
         raise DataError(
             f"--unlabeled {place}: no image in it; give a folder of images ({' '.join(sources.IMAGE_TYPES)})"
         )

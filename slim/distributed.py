@@ -46,6 +46,17 @@ def join() -> None:
         dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=PATIENCE)
 
 
+def wait() -> None:
+    """Go on once every process has come here. Nothing to wait for with one process."""
+    if world() == 1:
+        return
+    import torch
+    import torch.distributed as dist
+
+    join()
+    dist.all_reduce(torch.zeros(1))  # a broadcast, as in `on_main`, would not hold its sender back
+
+
 def on_main(work: Callable[[], T]) -> T:
     """`work()` done once, by rank 0; its result, or the error it raised, reaches every process.
 

@@ -25,7 +25,8 @@ from slim.errors import DivergedError, PassError, StoreError
 
 Objective = Callable[[nn.Module, Batch], Mapping[str, Tensor]]
 """`objective(model, batch)` -> named losses, scalars, each the mean over B; their sum is what is trained on. Where it
-is a module, its parameters are trained along with the network's, and left behind."""
+is a module, its parameters are trained along with the network's, and left behind. Where it has `leaves_unused` and that
+is true, processes do not wait for gradients of every value."""
 
 TOTAL = "total"
 """Name under which the sum of the losses is kept."""
@@ -182,13 +183,18 @@ class _State:
     def __init__(
         self, model: nn.Module, objective: Objective, training: Training, total: int, batch: int, context: Context
     ) -> None:
-        from accelerate import Accelerator
+        from accelerate import Accelerator, DistributedDataParallelKwargs
         from timm.optim import create_optimizer_v2
         from timm.utils import ModelEmaV3
 
         self.model, self.training, self.total, self.batch, self.context = model, training, total, batch, context
         distributed.join()
-        self.accelerator = Accelerator(cpu=context.device.type == "cpu", mixed_precision="no")
+        unused = bool(getattr(objective, "leaves_unused", False))
+        self.accelerator = Accelerator(
+            cpu=context.device.type == "cpu",
+            mixed_precision="no",
+            kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=unused)],
+        )
         self.precision = resolve_precision(training.precision, context.device)
         self.learner = _Learner(model, objective)
         # Convolutions are faster in this layout, on CPUs and GPUs alike; `finish` puts the usual one back.

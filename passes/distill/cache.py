@@ -20,25 +20,35 @@ if TYPE_CHECKING:
     from slim.passes.distill.distill import Distill
 
 
+def opened(options: Distill, found: Artifact, teacher: Teacher, context: Context) -> Targets:
+    """The cache in its folder, begun or not.
+
+    Raises:
+        StoreError: the folder holds other targets, and what differs, or something else.
+    """
+    assert options.cache is not None  # whoever calls asked
+    assert context.data is not None  # Pipeline.check saw to it
+    assert context.backbone is not None  # Pass.__call__ and the pipeline set it
+    return Targets.open(
+        Path(options.cache).expanduser(),
+        key_of(options, found, teacher, context),
+        images=len(context.data.pool(options.splits)),
+        classes=context.backbone.num_classes,
+        temperature=options.temperature,
+        mass=options.cache_mass,
+    )
+
+
 def filled(options: Distill, found: Artifact, teacher: Teacher, context: Context) -> tuple[Targets, dict[str, float]]:
     """The targets of every view that training will show, and what a check of a sample of them found.
 
     Raises:
-        StoreError: the folder holds other targets, and what differs; or what is stored is not what the teacher says.
+        StoreError: as `opened`; or what is stored is not what the teacher says.
     """
-    assert options.cache is not None
-    assert context.data is not None
+    targets = opened(options, found, teacher, context)
+    assert context.data is not None  # as in `opened`
     assert context.backbone is not None
     data, backbone = context.data, context.backbone
-    images = len(data.pool(options.splits))
-    targets = Targets.open(
-        Path(options.cache).expanduser(),
-        key_of(options, found, teacher, context),
-        images=images,
-        classes=backbone.num_classes,
-        temperature=options.temperature,
-        mass=options.cache_mass,
-    )
 
     def views(epoch: int, positions: Sequence[int]) -> Iterator[Tensor]:
         batches = data.views(
@@ -62,7 +72,7 @@ def filled(options: Distill, found: Artifact, teacher: Teacher, context: Context
         rank=distributed.rank(),
         world=distributed.world(),
     )
-    distributed.on_main(lambda: None)  # until the others have filled theirs
+    distributed.wait()  # until the others have filled theirs
     said = distributed.on_main(
         lambda: (
             targets.check(options.cache_check, context.seed, options.epochs, views, teacher.logits)

@@ -2,7 +2,7 @@
 
 The teacher is the network itself before its stage (recovery, the default), the dense one, another run's, or one of
 timm's. Methods add up. They change values only: what they train along is thrown away, so the student is exported as it
-would be without. Does not touch the teacher, and reads no label unless `label_weight` is given.
+would be without. Does not touch the teacher, and reads no label unless `label_weight` or dkd is given.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from slim.contract import Context, Pass, Role
 from slim.data import Augment
 from slim.errors import PassError
 from slim.passes.distill import methods
-from slim.passes.distill.cache import filled
+from slim.passes.distill.cache import filled, opened
 from slim.passes.distill.hidden import Hidden
 from slim.passes.distill.method import Method
 from slim.passes.distill.methods import Pair
 from slim.passes.distill.objective import Distillation, Lesson, cached, live
 from slim.passes.distill.presets import PRESETS, Preset
-from slim.passes.distill.targets import bytes_needed
+from slim.passes.distill.targets import USUAL_K, bytes_needed
 from slim.passes.distill.teacher import OWN, Teacher, classes_of, find
 from slim.training import Training, resolve_precision
 
@@ -49,7 +49,7 @@ class Distill(Training, Augment, Pass):
     images: Literal["train", "unlabeled", "all"] = "train"
     """Which images are shown: the training split, the unlabeled pool, or both."""
     label_weight: float = Field(default=0.0, ge=0)
-    """Weight of cross-entropy with the labels, added; 0 reads no label."""
+    """Weight of cross-entropy with the labels, added; 0 adds none."""
     temperature: float = Field(default=1.0, gt=0)
     """What logits are divided by; the losses are multiplied by its square."""
     standardize: bool = False
@@ -79,10 +79,12 @@ class Distill(Training, Augment, Pass):
         """What was not given comes from the preset, and the preset from the teacher."""
         if not isinstance(given, Mapping):
             return handler(given)
+        # An empty list names no teacher and no method, as an option that is not there.
         values = {name: (value,) if name in ("teacher", "method") and isinstance(value, str) else value
-                  for name, value in given.items()}  # fmt: skip
-        own = set(values.get("teacher") or ("stage",)) <= set(OWN)
-        preset = values.get("preset") or ("recover" if own and not values.get("method") else None)
+                  for name, value in given.items() if value not in ((), [])}  # fmt: skip
+        teachers = values.get("teacher", ("stage",))
+        own = isinstance(teachers, list | tuple) and all(spec in OWN for spec in teachers)
+        preset = values.get("preset") or ("recover" if own and "method" not in values else None)
         filled_in = PRESETS.get(str(preset), {"method": ("kd",)})
         found = handler({**filled_in, **values, "preset": preset})
         # What a preset filled in was not given: a recipe in which the preset is changed afterwards follows it.
@@ -107,6 +109,23 @@ class Distill(Training, Augment, Pass):
                 )
             if len(self.teacher) > 1:
                 raise ValueError(f"cache: it holds one teacher's targets, not {len(self.teacher)}; drop it")
+            if self.standardize:
+                raise ValueError("cache: standardize reads all logits, of which the largest are kept; drop one of them")
+        return self
+
+    @model_validator(mode="after")
+    def _teaches_the_classifier(self) -> Distill:
+        names = [name for name, _ in methods.parse(self.method)]
+        token = next((name for name in names if name in methods.TOKENS), None)
+        beyond = next((name for name in names if name in methods.BEYOND_LOGITS), None)
+        if self.trainable == "head" and (token or beyond):
+            rule = "needs both tokens in training" if token else "leaves the classifier alone"
+            raise ValueError(f"trainable head: method {token or beyond!r} {rule}; use --trainable all, or --method kd")
+        if token and set(names) <= {*methods.TOKENS, *methods.BEYOND_LOGITS} and not self.label_weight:
+            raise ValueError(
+                f"method {token!r} teaches the second classifier alone, and the network answers with the mean of both;"
+                " give --label-weight, or --method kd as well"
+            )
         return self
 
     @property
@@ -126,8 +145,8 @@ class Distill(Training, Augment, Pass):
 
     @property
     def recovers(self) -> bool:
-        """Whether the teacher is the network itself."""
-        return set(self.teacher) <= set(OWN)
+        """Whether a teacher is the network itself."""
+        return any(spec in OWN for spec in self.teacher)
 
     def sources(self, context: Context) -> dict[str, str]:
         """The teachers' digests."""
@@ -135,7 +154,7 @@ class Distill(Training, Augment, Pass):
 
     def forecast(self, artifact: Artifact, context: Context) -> dict[str, JsonValue]:
         """Costs of the whole pass; the pair is placed for it, so one that cannot be is refused here."""
-        tutors = self._tutors(artifact.model(), context)
+        tutors = self._tutors(artifact.model(), context, dry=True)
         assert context.data is not None  # Pipeline.check saw to it
         expected: dict[str, JsonValue] = {
             "teacher": ", ".join(tutor.artifact.backbone.name for tutor in tutors),
@@ -145,8 +164,7 @@ class Distill(Training, Augment, Pass):
             "steps": context.data.steps(context.loading.batch_size, self.splits) * self.epochs,
         }
         if self.cache is not None:
-            images = len(context.data.pool(self.splits))
-            expected["cache_bytes"] = bytes_needed(images, self.epochs, artifact.backbone.num_classes)
+            expected["cache_bytes"] = self._cache_bytes(tutors[0], context)
         return expected
 
     def fit(self, model: nn.Module, teacher: nn.Module, context: Context) -> dict[str, JsonValue]:
@@ -167,7 +185,17 @@ class Distill(Training, Augment, Pass):
             raise PassError("distill: the teacher changed while it taught, which it must not; report this")
         return {**figures, **said}
 
-    def _tutors(self, model: nn.Module, context: Context) -> list[Tutor]:
+    def _cache_bytes(self, tutor: Tutor, context: Context) -> int:
+        """Bytes of the cache, estimated before it is begun. One that holds other targets is refused here."""
+        if not self.recovers:
+            return opened(self, tutor.artifact, tutor.teacher, context).size_bytes(self.epochs)
+        # What the teacher will be is not known yet: the network before its stage.
+        assert context.data is not None  # as in `forecast`
+        assert context.backbone is not None
+        images = len(context.data.pool(self.splits))
+        return bytes_needed(images, self.epochs, min(context.backbone.num_classes, USUAL_K))
+
+    def _tutors(self, model: nn.Module, context: Context, *, dry: bool = False) -> list[Tutor]:
         """Every teacher with the methods placed on it.
 
         Raises:
@@ -188,7 +216,7 @@ class Distill(Training, Augment, Pass):
                 precision=resolve_precision(self.precision, context.device),
             )
             pair = Pair(model, backbone.input.size, teacher.model, artifact.backbone.input.size)
-            tutors.append(Tutor(artifact, teacher, methods.build(self, pair, seed=context.seed)))
+            tutors.append(Tutor(artifact, teacher, methods.build(self, pair, seed=context.seed, dry=dry)))
         return tutors
 
 

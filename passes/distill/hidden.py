@@ -7,6 +7,7 @@ whose shape a pass has changed are left out, and listed.
 
 from __future__ import annotations
 
+from itertools import zip_longest
 from typing import ClassVar
 
 from torch import Tensor, nn
@@ -42,7 +43,7 @@ class Hidden(Method):
             PassError: a network does not show its maps, or no two are equal; unless there `may_be_none`.
         """
         try:
-            pairs = list(zip(taps.maps_of(student, student_size), taps.maps_of(teacher, teacher_size), strict=False))
+            pairs = list(zip_longest(taps.maps_of(student, student_size), taps.maps_of(teacher, teacher_size)))
         except PassError as error:
             if may_be_none:
                 return cls((), (str(error),))
@@ -72,6 +73,6 @@ def relative_distance(student: Tensor, teacher: Tensor) -> Tensor:
     return ((ours - theirs).square().sum(1) / theirs.square().sum(1).clamp(min=1e-6)).mean()
 
 
-def shape_text(shape: tuple[int, int, int]) -> str:
-    """64x8x8."""
-    return "x".join(map(str, shape))
+def shape_text(shape: tuple[int, int, int] | None) -> str:
+    """`64x8x8`, or `none`."""
+    return "x".join(map(str, shape)) if shape else "none"

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import nn
@@ -38,6 +39,8 @@ WEIGHTS: dict[str, float] = {
 """Method -> its weight where none is given."""
 BEYOND_LOGITS = frozenset({"hidden", "cosine", "infonce", "scalekd"})
 """Methods that read features, and leave the classifier alone."""
+TOKENS = frozenset({"token", "token-soft"})
+"""Methods that train the classifier of a distillation token, and not the one beside it."""
 RECOVER = "recover"
 """Stands for kd and hidden, which then may find no map to compare."""
 
@@ -76,8 +79,8 @@ def reads_logits(given: Sequence[str]) -> bool:
     return any(name not in BEYOND_LOGITS for name, _ in parse(given))
 
 
-def build(options: Distill, pair: Pair, *, seed: int) -> list[tuple[Method, float]]:
-    """The methods of `options`, made for `pair`, each with its weight.
+def build(options: Distill, pair: Pair, *, seed: int, dry: bool = False) -> list[tuple[Method, float]]:
+    """The methods of `options`, made for `pair`, each with its weight; `dry` ones without the values they train along.
 
     Raises:
         PassError: a method cannot be placed on this pair, and why.
@@ -85,19 +88,19 @@ def build(options: Distill, pair: Pair, *, seed: int) -> list[tuple[Method, floa
     made: list[tuple[Method, float]] = []
     # What a method trains along starts from the seed, and nobody else's draws are disturbed.
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)  # not the devices', whose state is not put back
         for name, weight in parse(options.method):
             if name == RECOVER:
                 made += [
-                    (_make("kd", options, pair, seed), weight),
+                    (_make("kd", options, pair, seed, dry), weight),
                     (Hidden.place(*_ends(pair), may_be_none=True), weight),
                 ]
             else:
-                made.append((_make(name, options, pair, seed), weight))
+                made.append((_make(name, options, pair, seed, dry), weight))
     return made
 
 
-def _make(name: str, options: Distill, pair: Pair, seed: int) -> Method:
+def _make(name: str, options: Distill, pair: Pair, seed: int, dry: bool) -> Method:
     temperature, standardize = options.temperature, options.standardize
     match name:
         case "kd":
@@ -113,7 +116,7 @@ def _make(name: str, options: Distill, pair: Pair, seed: int) -> Method:
         case "dist":
             return Relational(temperature=temperature, standardize=standardize)
         case "token" | "token-soft":
-            if not hasattr(pair.student, "set_distilled_training"):
+            if not _has_two_heads(pair.student, pair.student_size):
                 raise PassError(
                     f"distill: method {name!r} needs a distillation token, which {type(pair.student).__name__} has"
                     " not; take deit_*_distilled, levit, ..., or --method kd"
@@ -136,12 +139,23 @@ def _make(name: str, options: Distill, pair: Pair, seed: int) -> Method:
                 stem=options.scalekd_stem,
                 paper_scale=options.scalekd_paper_scale,
                 seed=seed,
+                dry=dry,
             )
     raise AssertionError(name)  # `parse` knows the same names; a test holds them together
 
 
 def _ends(pair: Pair) -> tuple[nn.Module, tuple[int, int, int], nn.Module, tuple[int, int, int]]:
     return pair.student, pair.student_size, pair.teacher, pair.teacher_size
+
+
+def _has_two_heads(model: nn.Module, size: tuple[int, int, int]) -> bool:
+    """Whether it can be told to give two logits in training; some networks take the word and have one head."""
+    if not hasattr(model, "set_distilled_training"):
+        return False
+    copied = copy.deepcopy(model).train()  # statistics of its norms are moved, so not on the network itself
+    cast(Any, copied).set_distilled_training(True)
+    with torch.no_grad():
+        return isinstance(copied(taps.probe(copied, size)), tuple)
 
 
 def _width(model: nn.Module, size: tuple[int, int, int]) -> int:

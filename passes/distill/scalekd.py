@@ -70,23 +70,17 @@ class ScaleKD(Method):
         batch_norm: bool = True,
         paper_scale: bool = False,
     ) -> None:
-        """Values are drawn from the global generator; `place` is what seeds them.
+        """Values are drawn from the global generator; `place` is what seeds them, and says what the options mean.
 
-        Args:
-            sources: index and shape of the student's maps: early and late with a tail, else late alone.
-            target: the teacher's tail, or index and shape of its last map.
-            heads: as in `place`, like what follows.
-            qk_scale: see there.
-            views: see there.
-            stem: see there.
-            batch_norm: after the stem of each projector; False is LayerNorm.
-            paper_scale: see there.
+        `sources` are index and shape of the student's maps: early and late with a tail, else late alone. `target` is
+        the teacher's tail, or index and shape of its last map.
         """
-        self_tail, index = (target, target.index) if isinstance(target, Tail) else (None, target[0])
+        tail, (index, (width, *grid)) = (
+            (target, (target.index, target.leaves)) if isinstance(target, Tail) else (None, target)
+        )
         super().__init__(student_maps=tuple(sources), teacher_maps=(index,))
         # A plain object, no Module: the teacher stays outside of what is trained, moved and saved.
-        self.tail, self.views, self.paper_scale = self_tail, views, paper_scale
-        width, *grid = target.leaves if isinstance(target, Tail) else target[1]
+        self.tail, self.views, self.paper_scale = tail, views, paper_scale
         single = [index for index, shape in sources.items() if shape[1:] == (1, 1)]
         if "alt" in views and (grid == [1, 1] or single):
             # One key gives every query the same answer, so a student's single position shows as one everywhere.
@@ -203,7 +197,7 @@ class ScaleKD(Method):
         return losses
 
     def _loss(self, tokens: Tensor, final: Tensor, view: View) -> Tensor:
-        return view_loss(tokens, final.detach(), view, paper_scale=self.paper_scale)
+        return view_loss(tokens, final, view, paper_scale=self.paper_scale)
 
 
 def heads_for(width: int, heads: int | None) -> int:

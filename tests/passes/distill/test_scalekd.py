@@ -45,13 +45,11 @@ def size_of(name: str) -> tuple[int, int, int]:
 
 
 def given(method: ScaleKD, ours: nn.Module, size: tuple[int, int, int], theirs: nn.Module, other: tuple) -> tuple:
-    """What both networks gave for two images, maps of the student as leaves that keep their gradient."""
+    """What both networks gave for two images; the student's maps as leaves, so that none leads to another."""
     with torch.no_grad():
         seen = outputs(theirs, images(other), indices=method.teacher_maps, final=True)
-    learned = outputs(ours, images(size), indices=method.student_maps)
-    for values in learned.maps.values():
-        values.retain_grad()
-    return learned, seen
+        learned = outputs(ours, images(size), indices=method.student_maps)
+    return Outputs(maps={index: values.requires_grad_() for index, values in learned.maps.items()}), seen
 
 
 @pytest.fixture(scope="module")
@@ -120,6 +118,14 @@ def test_the_papers_scale_is_the_papers_sum() -> None:
 def test_equal_tokens_cost_nothing(view: str) -> None:
     tokens = random(2, 16, 8)  # T4
     assert view_loss(tokens, tokens.clone(), view) == 0
+
+
+@pytest.mark.parametrize("view", VIEWS)
+def test_tokens_in_bf16_are_compared_in_float32(view: str) -> None:
+    ours, theirs = random(2, 16, 8).bfloat16(), random(2, 16, 8, seed=1).bfloat16()
+    loss = view_loss(ours, theirs, view)
+    assert loss.dtype == torch.float32
+    assert torch.equal(loss, view_loss(ours.float(), theirs.float(), view))
 
 
 @pytest.mark.parametrize("value", [0.0, 1.0, 1e-8, 1e4])
@@ -474,3 +480,12 @@ def test_pairs_that_cannot_be_placed_are_refused() -> None:
     shallow = network("vit_tiny_patch16_224", **{**VIT, "depth": 1})
     with pytest.raises(PassError, match="the network has 1 map, two are read"):
         ScaleKD.place(shallow, SMALL, teacher("vit"), SMALL, seed=0)
+
+
+@pytest.mark.parametrize("whose", ["student", "teacher"])
+def test_networks_whose_features_are_not_what_they_compute_are_refused(whose: str) -> None:
+    pair = {"student": student("mixer")[0], "teacher": teacher("vit")}
+    plain = pair[whose].forward
+    pair[whose].forward = lambda batch: plain(batch) + 1
+    with pytest.raises(PassError, match=f"the features of {type(pair[whose]).__name__} give other logits"):
+        ScaleKD.place(pair["student"], SMALL, pair["teacher"], SMALL, seed=0)

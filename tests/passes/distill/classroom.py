@@ -1,0 +1,97 @@
+"""Real digits, networks too small to wait for, and the objective of a distillation outside of its pass."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from slim import store
+from slim.artifact import Artifact, Backbone, Preprocessing
+from slim.contract import Context, Loading
+from slim.data import Batch, Data
+from slim.passes.distill import Distill, methods
+from slim.passes.distill.method import Method
+from slim.passes.distill.methods import Pair
+from slim.passes.distill.objective import Distillation, Lesson, live
+from slim.passes.distill.teacher import Teacher
+
+CPU = torch.device("cpu")
+LABELS = tuple("0123456789")
+INPUT = Preprocessing(size=(3, 32, 32), crop=1.0)
+VIT: dict[str, Any] = {"img_size": 32, "patch_size": 8, "depth": 2, "embed_dim": 32, "num_heads": 2}
+RESNET: dict[str, Any] = {"layers": [1, 1, 1, 1], "channels": [8, 16, 24, 32], "stem_width": 8}
+NETWORKS: dict[str, tuple[str, dict[str, Any]]] = {
+    "vit": ("vit_tiny_patch16_224", VIT),
+    "wide": ("vit_tiny_patch16_224", {**VIT, "embed_dim": 48, "num_heads": 3}),
+    "dropout": ("vit_tiny_patch16_224", {**VIT, "drop_rate": 0.2, "drop_path_rate": 0.3}),
+    "resnet": ("resnet50", RESNET),  # with batch norm
+    "deit": ("deit_tiny_distilled_patch16_224", VIT),
+}
+FAST: dict[str, Any] = {"epochs": 1, "flip": 0.0, "scale_low": 0.8, "precision": "fp32"}
+"""Options of a pass that shows each image once."""
+
+
+def artifact(name: str, *, seed: int = 1, **fields: Any) -> Artifact:
+    """A network whose values hide nothing; `fields` are those of its backbone, or `labels`."""
+    model_name, kwargs = NETWORKS[name]
+    labels = fields.pop("labels", LABELS)
+    chosen = Backbone(**{"name": model_name, "kwargs": kwargs, "num_classes": 10, "input": INPUT, **fields})
+    model = chosen.build(seed=seed)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for value in model.parameters():
+            value.add_(torch.randn(value.shape, generator=generator), alpha=0.05)
+    return Artifact.of(model, chosen, labels=labels)
+
+
+def saved(given: Artifact, folder: Path) -> str:
+    """The word of `--teacher` for an artifact that now lies there."""
+    store.save(given, folder)
+    return str(folder)
+
+
+def context(data: Data | None = None, *, teacher: Artifact | None = None, **fields: Any) -> Context:
+    """What the pass may use, with `teacher` as the network before the stage."""
+    return Context(data=data, loading=Loading(batch_size=16), reference=teacher, dense=teacher, **fields)
+
+
+def batches(data: Data, options: Distill, splits: tuple[str, ...] = ("train",)) -> Iterator[Batch]:
+    return data.train_batches(INPUT, options, seed=0, epoch=0, batch_size=16, num_classes=10, splits=splits)
+
+
+def taught(student: Artifact, *teachers: Artifact, **options: Any) -> tuple[nn.Module, Distillation, list[Teacher]]:
+    """A student, the objective of the pass with these options, and the teachers; from the parts the pass has."""
+    wanted, model = Distill(**{"method": "kd", **options}), student.model()
+    lessons, found = [], []
+    for given in teachers:
+        precision = "fp32" if wanted.precision == "auto" else wanted.precision
+        teacher = Teacher(given, student.backbone.input, device=CPU, precision=precision)
+        pair = Pair(model, student.backbone.input.size, teacher.model, given.backbone.input.size)
+        made = methods.build(wanted, pair, seed=0)
+        lessons.append(Lesson(live(teacher, [method for method, _ in made]), made))
+        found.append(teacher)
+    return model, Distillation(lessons, label_weight=wanted.label_weight), found
+
+
+def named(objective: Distillation, kind: type[Method]) -> Any:
+    return next(method for method in objective.methods if isinstance(method, kind))
+
+
+def noise(count: int = 4, size: tuple[int, int, int] = (3, 32, 32), seed: int = 0) -> Tensor:
+    return torch.randn(count, *size, generator=torch.Generator().manual_seed(seed))
+
+
+def written(data: Data, split: str, folder: Path, *, by_class: bool = False) -> Path:
+    """The images of a split as files, in the order of the split."""
+    part = data.split(split)
+    for position, (name, label) in enumerate(zip(part.names, part.labels, strict=True)):
+        place = folder / str(label) if by_class else folder
+        place.mkdir(parents=True, exist_ok=True)
+        image: Image.Image = part.images.open(name)
+        image.save(place / f"{position:06d}.png")
+    return folder
