@@ -49,6 +49,7 @@ class Clock:
 
     @contextmanager
     def __call__(self, title: str, _total: int) -> Iterator[Advance]:
+        """A progress bar for `Context`."""
         training = title.startswith("training")
         yield lambda steps, note=None: self.ends.append(time.perf_counter()) if steps and training else None
 

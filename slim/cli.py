@@ -120,7 +120,7 @@ TRUST = click.option("--trust", is_flag=True, help="Import a package.module:fact
 @cli.group(cls=Chain, chain=True, invoke_without_command=True, epilog=f"{EXAMPLE}\n\n{EXIT_CODES}")
 @click.option("-f", "recipe_file", metavar="RECIPE", type=click.Path(path_type=Path), help="YAML; options override it.")
 @click.option("--set", "assignments", multiple=True, metavar="KEY=VALUE", help="passes.1.energy=0.9; counts from 0.")
-@click.option("--model", metavar="NAME", help="timm's name, or package.module:factory with --trust.")
+@click.option("--model", metavar="NAME", help="timm's name, a run, an artifact, or package.module:factory.")
 @click.option(
     "--model-arg",
     "model_args",
@@ -309,6 +309,41 @@ def gate(run_folder: Path, budgets: Path, **options: Any) -> None:
     from slim import commands
 
     sys.exit(commands.gate(run_folder, budgets, **options))
+
+
+@cli.command("select-unlabeled")
+@click.option("--pool", metavar="FOLDER", required=True, type=click.Path(path_type=Path), help="Plain images.")
+@click.option("--teacher", metavar="RUN|ARTIFACT|NAME", required=True, help="Judges the images; NAME is one of timm's.")
+@click.option("--data", metavar="SOURCE", required=True, help="Its validation images are kept out.")
+@click.option("--split", metavar="train=0.8,val=0.2", help="Cuts class folders that have no val; as in the run.")
+@click.option("--seed", type=int, metavar="N", default=0, show_default=True, help="Of the cut; as in the run.")
+@click.option("--per-class", type=int, metavar="K", required=True, help="Most images kept of one class.")
+@click.option(
+    "--max-hamming",
+    type=int,
+    metavar="N",
+    help="Bits of 64 in which hashes of near-duplicates differ at most; half of them suffice alone. [default: 10]",
+)
+@click.option(
+    "--min-cosine",
+    type=float,
+    metavar="C",
+    help="Least cosine of their embeddings, where more than half of N bits differ. [default: 0.9]",
+)
+@click.option("--batch-size", type=int, metavar="N", default=64, show_default=True, help="Images of one forward pass.")
+@click.option("--workers", type=int, metavar="N", default=0, show_default=True, help="Reader processes.")
+@click.option("--out", metavar="LIST.jsonl", required=True, type=click.Path(path_type=Path), help="For --unlabeled.")
+@TRUST
+@shared
+def select_unlabeled(out: Path, **options: Any) -> None:
+    """Choose from a pool of plain images those worth showing to a student.
+
+    Near-duplicates of validation images are left out; of the others, the K that the teacher is surest of in each class
+    are listed in a file that --unlabeled of `slim run` takes.
+    """
+    from slim import commands
+
+    commands.select_unlabeled(out, **options)
 
 
 @cli.command()

@@ -38,6 +38,7 @@ from slim.export.target import RUNTIMES, Target
 from slim.measurement import Measurement
 from slim.options import input_of
 from slim.passes import PASSES, resolve
+from slim.pool import is_list, write_list
 from slim.recipe import Recipe
 from slim.runs import Run, open_run
 
@@ -268,6 +269,40 @@ def gate(
     dumped = budget.to_json(verdicts, allow_inconclusive=allow_inconclusive)
     click.echo(dumped if as_json else budget.to_console(verdicts))
     return budget.exit_code(verdicts, allow_inconclusive=allow_inconclusive)
+
+
+def select_unlabeled(
+    out: Path, *, pool: Path, teacher: str, as_json: bool, quiet: bool, trust: bool, **options: Any
+) -> None:
+    """`slim select-unlabeled`: the list of images."""
+    from slim.passes.distill import select  # brings ImageHash and scipy, half a second that no other command needs
+
+    progress = _progress(quiet=quiet)
+    if out.exists() and not is_list(out):
+        raise UsageError(f"--out {out}: exists and is no list of images; choose another place")
+    if not out.parent.is_dir():
+        raise UsageError(f"--out {out}: there is no folder {out.parent}; make it")
+    numbers = ("per_class", "max_hamming", "min_cosine")
+    rule = select.Rule(**{name: options[name] for name in numbers if options[name] is not None})
+    data = open_data(options["data"], split=options["split"], seed=options["seed"])
+    images = select.pool_of(pool, data)
+    judge = select.teacher_of(teacher, trust=trust)
+    reading = {name: options[name] for name in ("batch_size", "workers")}
+    found = select.select(images, judge, data, rule, out=out, progress=progress, **reading)
+    write_list(out, found.header, found.chosen)
+    counts = found.header.counts
+    short = [(name, count) for name, count in found.kept if count < rule.per_class]
+    if as_json:
+        header = found.header.model_dump(mode="json")
+        click.echo(json.dumps({"out": str(out), **header, "unreadable": images.unreadable, "short": short}))
+        return
+    _say("pool", f"{counts.pool} images, {counts.unreadable} unreadable")
+    _say("removed", f"{counts.near_duplicates} near-duplicates of validation images, {counts.repeated} copies")
+    _say("kept", f"{counts.kept}, at most {rule.per_class} of each of {len(found.kept)} classes")
+    if short:
+        name, count = min(short, key=lambda one: one[1])
+        _say("short", f"{len(short)} classes have fewer, the fewest {name!r} with {count}")
+    _say("list", str(out))
 
 
 def doctor(*, as_json: bool) -> None:

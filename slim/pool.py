@@ -26,7 +26,7 @@ Count = Annotated[int, Field(ge=0)]
 
 
 class _Line(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, serialize_by_alias=True, validate_by_name=True)
 
 
 class Counts(_Line):
@@ -83,7 +83,7 @@ def relative_root(pool: Path, path: Path) -> str:
 def write_list(path: Path, header: Header, chosen: Sequence[Chosen]) -> None:
     """Write the list whole. Raises StoreError when the disk is full or the place not writable."""
     assert header.counts.kept == len(chosen)
-    lines = (one.model_dump_json(by_alias=True, ensure_ascii=True) for one in (header, *chosen))
+    lines = (one.model_dump_json(ensure_ascii=True) for one in (header, *chosen))
     store.write_text(path, "\n".join(lines) + "\n")
 
 

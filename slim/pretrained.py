@@ -6,7 +6,7 @@ has to train it. Weights come from timm's hub, a .safetensors file, or the seed;
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,13 +37,15 @@ class Start:
 
 
 def start(spec: ModelSpec, data: Data | None, *, seed: int, trust: bool = False) -> Start:
-    """The network of `spec`, with a head for `data`.
+    """The network of `spec`, with a head for `data`; or the artifact in a folder, history and all.
 
     Raises:
         BackboneError: unknown network, weights that do not fit it, or an input it does not take.
-        DataError: how many classes there are is not known.
-        StoreError: a truncated weights file.
+        DataError: how many classes there are is not known, or an artifact's are not those of the data.
+        StoreError: a truncated weights file, or a folder that holds no whole artifact.
     """
+    if is_folder(spec.name):
+        return _continued(spec, data, trust=trust)
     weights = _read(spec.weights)
     probe = Backbone(name=spec.name, kwargs=spec.args, num_classes=1)
     default = _default_classes(probe)
@@ -67,6 +69,28 @@ def start(spec: ModelSpec, data: Data | None, *, seed: int, trust: bool = False)
     mapped = data.for_classes(classes) if data is not None else None
     labels = data.labels(classes) if data is not None else None
     return Start(Artifact.of(model, backbone, labels=labels, trust=trust), mapped, fresh_head)
+
+
+def is_folder(name: str) -> bool:
+    """Whether a network's name is the folder of a run or artifact; a name that timm knows never is."""
+    import timm
+
+    return Path(name).expanduser().is_dir() and not timm.is_model(name)
+
+
+def _continued(spec: ModelSpec, data: Data | None, *, trust: bool) -> Start:
+    """Where another chain ended: its network as it is, at another input if one is given."""
+    folder = store.artifact_folder(Path(spec.name).expanduser())
+    if spec.args or spec.weights != "pretrained":
+        given = "--model-arg" if spec.args else f"--weights {spec.weights}"
+        raise BackboneError(f"model {spec.name}: an artifact has its own arguments and weights; drop {given}")
+    artifact = store.load(folder, trust=trust)
+    model, known = artifact.model(), artifact.backbone.input.model_dump()
+    found = _input_of(known | spec.input.model_dump(exclude_none=True))
+    backbone = artifact.backbone.model_copy(update={"input": found})
+    _try(model, backbone)
+    mapped = data.for_classes(backbone.num_classes) if data is not None else None
+    return Start(replace(artifact, backbone=backbone), mapped, "")
 
 
 def _read(weights: str) -> dict[str, Tensor] | None:
@@ -127,8 +151,12 @@ def _preprocessing(model: nn.Module, spec: InputSpec) -> Preprocessing:
     config: dict[str, Any] = resolve_model_data_config(model) if hasattr(model, "pretrained_cfg") else {}
     names = {"size": "input_size", "mean": "mean", "std": "std", "interpolation": "interpolation", "crop": "crop_pct"}
     values = {ours: config[theirs] for ours, theirs in names.items() if theirs in config}
+    return _input_of(values | spec.model_dump(exclude_none=True))
+
+
+def _input_of(values: dict[str, Any]) -> Preprocessing:
     try:
-        found = Preprocessing.model_validate(values | spec.model_dump(exclude_none=True))
+        found = Preprocessing.model_validate(values)
     except ValidationError as error:
         first = error.errors()[0]
         place, rule = ".".join(map(str, first["loc"])), first["msg"]

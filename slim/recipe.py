@@ -51,7 +51,7 @@ class ModelSpec(_Section):
     """The network that goes in."""
 
     name: str
-    """timm model name, or `package.module:factory` (needs --trust)."""
+    """timm model name, a run or artifact folder, or `package.module:factory` (needs --trust)."""
     args: dict[str, JsonValue] = {}
     """Arguments of the timm model."""
     weights: str = "pretrained"

@@ -75,6 +75,18 @@ def content_digest(manifest: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
+def artifact_folder(folder: Path) -> Path:
+    """Where the artifact lies: `folder` itself, or the `final` of a run.
+
+    Raises:
+        StoreError: it is neither.
+    """
+    for place in (folder, folder / "final"):
+        if (place / MANIFEST).is_file():
+            return place
+    raise StoreError(f"{folder}: holds no artifact and no run; give one that `slim run` wrote")
+
+
 def load(folder: str | Path, *, trust: bool = False) -> Artifact:
     """The artifact in `folder`, rebuilt and compared with its digests. Executes nothing from the folder.
 

@@ -15,7 +15,7 @@ import safetensors.torch
 import torch
 from timm.data import ImageNetInfo
 
-from slim import job, recipe
+from slim import job, recipe, store
 from slim.data import Data, open_data
 from slim.errors import BackboneError, DataError, StoreError
 from slim.pretrained import start
@@ -335,3 +335,56 @@ def test_the_real_network_and_images_meet(data_dir: Path) -> None:
     assert right >= 24
     folder, output = data.classes[data.split("val").labels[0]], begin.data.split("val").labels[0]
     assert ImageNetInfo("imagenet-1k").label_names()[output] == folder
+
+
+# A folder
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory, digits: Data) -> Path:
+    """A run whose network was factored; its class names are those of digits."""
+    out = tmp_path_factory.mktemp("continued") / "run"
+    given = chain(
+        spec("vit_tiny_patch16_224", img_size=32, patch_size=8, depth=1, embed_dim=64, num_heads=2), "low-rank"
+    )
+    job.execute(job.prepare(given.model_copy(update={"data": None})), out)
+    return out
+
+
+def test_a_folder_goes_on_with_its_history_and_values(folder: Path) -> None:
+    there = store.load(folder / "final")
+    for name in (folder, folder / "final"):
+        begun = start(ModelSpec(name=str(name)), None, seed=5)
+        assert begun.artifact.digest == there.digest
+        assert [step.name for step in begun.artifact.history] == ["low-rank"]
+        assert begun.fresh_head == ""
+
+
+def test_a_folder_takes_another_input_but_no_other_arguments(digits: Data, tmp_path: Path) -> None:
+    begun = start(spec(), digits, seed=0)
+    place = str(store.save(begun.artifact, tmp_path / "artifact"))
+    larger = start(ModelSpec(name=place, input=InputSpec(size=(3, 48, 48))), digits, seed=0).artifact
+    assert larger.backbone.input == begun.artifact.backbone.input.model_copy(update={"size": (3, 48, 48)})
+    assert larger.weights == begun.artifact.weights
+    assert larger.costs["macs"] > begun.artifact.costs["macs"]
+    with pytest.raises(BackboneError, match="an artifact has its own arguments and weights; drop --model-arg"):
+        start(ModelSpec(name=place, args={"depth": 2}), digits, seed=0)
+    with pytest.raises(BackboneError, match="drop --weights none"):
+        start(ModelSpec(name=place, weights="none"), digits, seed=0)
+    with pytest.raises(BackboneError, match=r"does not take an input of \(1, 32, 32\)"):
+        start(ModelSpec(name=place, input=InputSpec(size=(1, 32, 32), mean=(0.5,), std=(0.5,))), None, seed=0)
+
+
+def test_a_folder_with_other_classes_than_the_data_is_refused(folder: Path, digits: Data) -> None:
+    with pytest.raises(DataError, match="class-count mismatch: 10 class folders, the network has 1000 outputs"):
+        start(ModelSpec(name=str(folder)), digits, seed=0)
+
+
+def test_a_folder_without_an_artifact_is_refused_and_a_name_of_timm_is_no_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(StoreError, match="holds no artifact and no run"):
+        start(ModelSpec(name=str(tmp_path)), None, seed=0)
+    (tmp_path / "resnet18").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert start(spec(), None, seed=0).artifact.backbone.name == "resnet18"

@@ -2,22 +2,21 @@
 
 SSLD (Cui et al. 2021, arXiv:2103.05959): near-duplicates of validation images leave the pool, a strong network names
 the class of every other image, and of each class the most probable are kept. Where SSLD matches SIFT features, two
-images count as near-duplicates here when their perceptual hashes and the teacher's embeddings both say so. Does not
-check the teacher's classes: they spread the choice, and no label comes of them.
+images count as near-duplicates here when their perceptual hashes are close, or close enough for embeddings to decide.
+Does not check the teacher's classes: they spread the choice, and no label comes of them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import groupby, islice
 from pathlib import Path
+from typing import NamedTuple
 
-import imagehash
-import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageOps
 from torch import Tensor
 
 from slim import loaders, pool, sources
@@ -26,10 +25,8 @@ from slim.contract import Context, Progress, no_progress
 from slim.data import Data
 from slim.errors import DataError, PassError, UsageError
 from slim.images import FolderImages, Split
+from slim.passes.distill.duplicates import Prints, hashes, near, repeated
 from slim.passes.distill.teacher import OWN, Teacher, find
-
-CHUNK = 16_384
-"""Validation images compared at a time."""
 
 
 @dataclass(frozen=True)
@@ -42,10 +39,10 @@ class Rule:
 
     per_class: int
     """Most images of one class."""
-    max_hamming: int = 12
-    """Bits of 64 in which hashes of near-duplicates differ at most; see `near`."""
-    min_cosine: float = 0.8
-    """Least cosine of embeddings of near-duplicates; see `near`."""
+    max_hamming: int = 10
+    """Bits of 64 in which hashes of near-duplicates differ at most; half of them need no second opinion."""
+    min_cosine: float = 0.9
+    """Least cosine of embeddings of near-duplicates, where hashes differ in more than half of `max_hamming` bits."""
 
     def __post_init__(self) -> None:
         if self.per_class < 1:
@@ -67,58 +64,22 @@ class Selection:
     """Every class of the teacher, by name or by number where it knows no names, and how many images it has."""
 
 
-@dataclass(frozen=True)
-class Prints:
-    """What N images are known again by."""
+class Judged(NamedTuple):
+    """An image of the pool that may be chosen."""
 
-    hashes: Tensor
-    """(N, 2, 8) uint8: the 64 bits of each image, and of its mirror image."""
-    embeddings: Tensor
-    """(N, width) float32 of length 1, the teacher's."""
-
-
-def hashes(image: Image.Image) -> Tensor:
-    """Perceptual hashes (2, 8) uint8 of an image and of its mirror image, 64 bits each."""
-    both = (imagehash.phash(seen).hash for seen in (image, ImageOps.mirror(image)))
-    return torch.from_numpy(np.stack([np.packbits(bits) for bits in both]))
+    position: int
+    name: str
+    number: int
+    """Of its class."""
+    probability: float
+    key: bytes
+    """Its hash."""
 
 
-def signs(packed: Tensor) -> Tensor:
-    """Bits packed as (..., 8) uint8 -> (..., 64) float32, 1 where set and -1 where not: products of these are exact."""
-    places = torch.arange(7, -1, -1, dtype=torch.uint8, device=packed.device)
-    return ((packed.unsqueeze(-1) >> places) & 1).flatten(-2).float() * 2 - 1
-
-
-def hamming(ours: Tensor, theirs: Tensor) -> Tensor:
-    """Bits in which N images, either way round, differ from M: (N, 2, 8), (M, 2, 8) uint8 -> (N, M) float32."""
-    return (64 - (signs(ours) @ signs(theirs[:, 0]).T).amax(1)) / 2
-
-
-def near(ours: Prints, theirs: Prints, rule: Rule) -> Tensor:
-    """(N,) bool: which of N images are near-duplicates of any of M, both by hash and by embedding."""
-    found = torch.zeros(len(ours.hashes), dtype=torch.bool, device=ours.hashes.device)
-    for start in range(0, len(theirs.hashes), CHUNK):
-        part = slice(start, start + CHUNK)
-        alike = hamming(ours.hashes, theirs.hashes[part]) <= rule.max_hamming
-        found |= (alike & (ours.embeddings @ theirs.embeddings[part].T >= rule.min_cosine)).any(1)
-    return found
-
-
-def repeated(embeddings: Iterable[Tensor], min_cosine: float) -> list[bool]:
-    """Of images with one hash: whether each repeats one before it. Embeddings (width,) of length 1."""
-    kept: list[Tensor] = []
-    found = []
-    for one in embeddings:
-        found.append(bool(kept) and bool((torch.stack(kept) @ one >= min_cosine).any()))
-        if not found[-1]:
-            kept.append(one)
-    return found
-
-
-def surest(classes: Sequence[int], probabilities: Sequence[float], names: Sequence[str], per_class: int) -> list[int]:
-    """Positions of the `per_class` most probable of each class, class by class; of equals the first by name."""
-    order = sorted(range(len(names)), key=lambda i: (classes[i], -probabilities[i], names[i]))
-    return [i for _, same in groupby(order, lambda i: classes[i]) for i in list(same)[:per_class]]
+def surest(judged: Sequence[Judged], per_class: int) -> list[Judged]:
+    """The `per_class` most probable of each class, class by class; of equals the first by name."""
+    order = sorted(judged, key=lambda one: (one.number, -one.probability, one.name))
+    return [one for _, same in groupby(order, lambda one: one.number) for one in islice(same, per_class)]
 
 
 class Hashed(loaders.EvalSamples):
@@ -163,3 +124,152 @@ class Judge:
                     raise PassError(f"select-unlabeled: what the teacher says of {place} is no number; take another")
                 yield positions, Prints(hashed.to(self.device), F.normalize(said.embedding, dim=1)), said.logits
                 advance(len(positions))
+
+
+def select(
+    split: Split,
+    teacher: Artifact,
+    data: Data,
+    rule: Rule,
+    *,
+    out: Path,
+    batch_size: int = 64,
+    workers: int = 0,
+    progress: Progress = no_progress,
+) -> Selection:
+    """The images of `split` worth showing to a student.
+
+    Unreadable ones are skipped. Of images equal in hash and alike in embedding, the first by name is left.
+
+    Args:
+        split: the pool, of `pool_of`.
+        teacher: gives classes and embeddings; fed as it was trained.
+        data: what its `val` holds must not be chosen.
+        rule: how many, and what a near-duplicate is.
+        out: where the list will lie.
+        batch_size: images of one forward pass.
+        workers: reader processes.
+        progress: told of the images read.
+
+    Raises:
+        UsageError: a batch of no image.
+        DataError: no validation images, too many unreadable ones, or nothing is left to choose.
+        PassError: the teacher has no embedding, or what it says is no number.
+    """
+    if batch_size < 1:
+        raise UsageError(f"--batch-size {batch_size}: must be at least 1; raise it")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    network = Teacher(teacher, teacher.backbone.input, device=device, precision="fp32")
+    judge = Judge(network, device, batch_size, workers, progress)
+    known = [prints for _, prints, _ in judge.look(data.split("val"), "validation images")]
+    validation = Prints(torch.cat([one.hashes for one in known]), torch.cat([one.embeddings for one in known]))
+    found = _new(judge, split, validation, rule)
+    unreadable = len(split.unreadable)
+    copies = _copies(judge, split, found, rule)
+    order = surest([one for one in found if one.position not in copies], rule.per_class)
+    counts = pool.Counts(
+        pool=len(split),
+        unreadable=unreadable,
+        near_duplicates=len(split) - unreadable - len(found),
+        repeated=len(copies),
+        kept=len(order),
+    )
+    assert isinstance(split.images, FolderImages)
+    place = split.images.root
+    if not order:
+        raise DataError(
+            f"--pool {place}: nothing is left of {counts.pool} images: {counts.unreadable} unreadable, "
+            f"{counts.near_duplicates} near-duplicates of validation images; give others, or lower --max-hamming"
+        )
+    outputs = range(teacher.backbone.num_classes)
+    classes: Sequence[str | int] = outputs if teacher.labels is None else teacher.labels
+    chosen = tuple(pool.Chosen(path=one.name, name=classes[one.number], probability=one.probability) for one in order)
+    header = pool.Header(
+        root=pool.relative_root(place, out),
+        teacher=teacher.digest,
+        data=data.id,
+        per_class=rule.per_class,
+        max_hamming=rule.max_hamming,
+        min_cosine=rule.min_cosine,
+        counts=counts,
+    )
+    numbers = Counter(one.number for one in order)
+    return Selection(header, chosen, tuple((name, numbers[i]) for i, name in enumerate(classes)))
+
+
+def pool_of(root: Path, data: Data) -> Split:
+    """The images below `root`, in order of their paths.
+
+    Raises:
+        DataError: no such folder, no image in it, a link that leads out of it, or validation images alone.
+    """
+    if not root.is_dir():
+        raise DataError(f"--pool {root}: no such folder; give a folder of plain images")
+    names = tuple(sources.list_images(root))
+    if not names:
+        raise DataError(f"--pool {root}: no image in it; give a folder of images ({' '.join(sources.IMAGE_TYPES)})")
+    if odd := next((name for name in names if not _is_text(name)), None):
+        raise DataError(f"--pool {root}: {odd!r} is not UTF-8, so no list can hold it; rename it")
+    pool.check_inside(f"--pool {root}", root, names)
+    val = data.split("val")
+    if isinstance(val.images, FolderImages):
+        theirs = {(val.images.root / name).resolve() for name in val.names}
+        if all((root / name).resolve() in theirs for name in names):
+            raise DataError(f"--pool {root}: holds validation images of {data.source} and no others; give other images")
+    return Split(FolderImages(root, names), names, (-1,) * len(names))
+
+
+def _is_text(name: str) -> bool:
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def teacher_of(spec: str, *, trust: bool) -> Artifact:
+    """The network called `spec`: a run or artifact folder, or a timm name with its own weights.
+
+    Raises:
+        UsageError: there is no such network, and what it may be.
+    """
+    if spec in OWN:
+        raise UsageError(f"--teacher {spec}: there is no stage here; give a run, an artifact or a timm name")
+    nobody = Artifact(Backbone(name=spec, num_classes=1), {}, trust=trust)  # `find` reads off it who is trusted
+    try:
+        return find(spec, Context(reference=nobody))
+    except PassError as error:
+        raise UsageError(str(error).removeprefix("distill: ")) from error
+
+
+def _new(judge: Judge, split: Split, validation: Prints, rule: Rule) -> list[Judged]:
+    """What the teacher says of the images that are no near-duplicates of validation images."""
+    found = []
+    for positions, prints, logits in judge.look(split, "pool"):
+        known = near(prints, validation, max_hamming=rule.max_hamming, min_cosine=rule.min_cosine)
+        # In float64: of a sure teacher, float32 makes many probabilities 1.
+        probabilities, numbers = logits.double().softmax(1).max(1)
+        columns = (positions, numbers, probabilities, prints.hashes[:, 0])
+        rows = zip(*(column[~known.to(column.device)].tolist() for column in columns), strict=True)
+        found += [Judged(i, split.names[i], number, sure, bytes(key)) for i, number, sure, key in rows]
+    return found
+
+
+def _copies(judge: Judge, split: Split, found: Sequence[Judged], rule: Rule) -> set[int]:
+    """Positions of images that repeat another. Those that share a hash are looked at once more, hash by hash."""
+    numbers = Counter(one.key for one in found)
+    shared = sorted((one.key, one.name, one.position) for one in found if numbers[one.key] > 1)
+    if not shared:
+        return set()
+    again = judge.look(split.take([position for _, _, position in shared]), "copies within the pool")
+    seen = (
+        (shared[int(i)], embedding)
+        for at, prints, _ in again
+        for i, embedding in zip(at, prints.embeddings, strict=True)
+    )
+    copies = set()
+    for _, same in groupby(seen, lambda one: one[0][0]):
+        images, embeddings = zip(*same, strict=True)
+        repeats = repeated(embeddings, rule.min_cosine)
+        copies |= {position for (_, _, position), repeat in zip(images, repeats, strict=True) if repeat}
+    return copies

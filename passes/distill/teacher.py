@@ -21,6 +21,7 @@ from slim.contract import Context
 from slim.errors import PassError, SlimError
 from slim.passes.distill import taps
 from slim.passes.distill.method import Outputs
+from slim.pretrained import is_folder, start
 from slim.sources import imagenet_names
 
 OWN = ("stage", "dense")
@@ -38,12 +39,9 @@ def find(spec: str, context: Context) -> Artifact:
         assert found is not None  # Pass.__call__ and the pipeline set both
         return found
     trust = context.reference.trust if context.reference is not None else False
-    folder = Path(spec).expanduser()
-    if folder.is_dir():
-        manifest = next((place for place in (folder, folder / "final") if (place / store.MANIFEST).is_file()), None)
-        if manifest is None:
-            raise PassError(f"distill: --teacher {spec}: holds no run and no artifact; give the --out of a `slim run`")
-        return _loaded(manifest, (manifest / store.MANIFEST).read_bytes(), trust)
+    if is_folder(spec):
+        folder = store.artifact_folder(Path(spec).expanduser())
+        return _loaded(folder, (folder / store.MANIFEST).read_bytes(), trust)
     if "/" in spec and ":" not in spec:
         raise PassError(f"distill: --teacher {spec}: no such folder; give a run, an artifact or a timm name")
     return _pretrained(spec, trust)
@@ -57,7 +55,6 @@ def _loaded(folder: Path, manifest: bytes, trust: bool) -> Artifact:
 
 @lru_cache(maxsize=2)
 def _pretrained(name: str, trust: bool) -> Artifact:
-    from slim.pretrained import start
     from slim.recipe import ModelSpec
 
     try:

@@ -29,7 +29,8 @@ NETWORKS: dict[str, tuple[str, dict[str, Any]]] = {
     "vit": ("vit_tiny_patch16_224", VIT),
     "wide": ("vit_tiny_patch16_224", {**VIT, "embed_dim": 48, "num_heads": 3}),
     "dropout": ("vit_tiny_patch16_224", {**VIT, "drop_rate": 0.2, "drop_path_rate": 0.3}),
-    "resnet": ("resnet50", RESNET),  # with batch norm
+    "resnet": ("resnet50", RESNET),  # with batch norm, which a teacher has merged into its convolutions
+    "densenet": ("densenet121", {"growth_rate": 4, "block_config": [1, 1]}),  # with batch norm, which stays
     "deit": ("deit_tiny_distilled_patch16_224", VIT),
 }
 FAST: dict[str, Any] = {"epochs": 1, "flip": 0.0, "scale_low": 0.8, "precision": "fp32"}

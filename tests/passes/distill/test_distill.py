@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import json
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -32,8 +33,18 @@ from slim.runs import Run, step_key
 from tests.conftest import Call
 from tests.passes.distill.classroom import FAST, INPUT, NETWORKS, VIT, artifact, context, saved, written
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-FACTOR = LowRank(ratio=0.4, min_width=16, align=1)
+pytestmark = pytest.mark.usefixtures("one_thread", "little_garbage")
+FACTOR = LowRank(ratio=0.3, min_width=16, align=1)
+STILL: dict[str, Any] = {"optimizer": "sgd", "lr": 1e-12, "weight_decay": 0.0}
+"""Training that changes nothing, so that its loss is that of the start."""
+
+
+@pytest.fixture(scope="module")
+def little_garbage() -> Iterator[None]:
+    """accelerate collects garbage after each training: searching all that was imported takes longer than the rest."""
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 @pytest.fixture(scope="module")
@@ -140,13 +151,12 @@ def operators(given: Artifact, folder: Path) -> Counter[str]:
 def test_what_is_shipped_is_the_network_as_it_was(digits: Data, tmp_path: Path, spy: Spy) -> None:
     student = artifact("vit")
     before = operators(student, tmp_path)
-    for method, teacher in (("recover", "vit"), ("scalekd", "wide"), ("cosine", "wide")):
-        result = after(kd(method=method), student, artifact(teacher, seed=2), digits)
-        assert result.digest != student.digest, "nothing was learned"
-        assert {key: value.shape for key, value in result.state.items()} == {
-            key: value.shape for key, value in student.state.items()
-        }
-        assert operators(result, tmp_path) == before
+    result = after(kd(method=("recover", "scalekd", "cosine")), student, artifact("vit", seed=2), digits)
+    assert set(said(result)["losses"]) > {"forward", "hidden", "proxy_ori", "embedding"}
+    assert {key: value.shape for key, value in result.state.items()} == {
+        key: value.shape for key, value in student.state.items()
+    }
+    assert operators(result, tmp_path) == before
     for teacher in spy.teachers:
         assert not any(value.requires_grad or value.grad is not None for value in teacher.parameters())
         assert not any(module.training for module in teacher.modules())
@@ -161,7 +171,7 @@ def test_a_teacher_that_changes_is_found_out(digits: Data, monkeypatch: pytest.M
 
     monkeypatch.setattr(Teacher, "forward", learning)
     with pytest.raises(PassError, match="the teacher changed while it taught, which it must not"):
-        after(kd(), artifact("vit"), artifact("resnet"), digits)
+        after(kd(), artifact("vit"), artifact("densenet"), digits)
 
 
 # What it reads
@@ -269,20 +279,20 @@ def compared(one: Artifact, other: Artifact, data: Data) -> tuple[float, float]:
 
 def test_behind_a_structural_pass_the_network_learns_to_be_what_it_was(able: tuple[Artifact, Data]) -> None:
     given, data = able
-    recover = Distill(epochs=8, flip=0.0, scale_low=0.9, precision="fp32")
+    recover = Distill(epochs=4, flip=0.0, scale_low=0.9, precision="fp32")
     assert (recover.teacher, recover.method, recover.preset, recover.lr) == (("stage",), ("recover",), "recover", 1e-4)
     chain = Pipeline((FACTOR, recover.model_copy(update={"lr": 1e-3})))
     result = chain(given, context(data))
-    factored, last = result.artifact.history
+    _, factored, last = result.artifact.history
     assert last.digests["teacher"] == last.digests["reference"] == factored.digests["input"] == given.digest
     assert said(result.artifact)["teachers"] == [
         {"network": f"vit_tiny_patch16_224 {given.digest[:12]}", "hidden": [0, 1], "not_compared": []}
     ]
     assert set(said(result.artifact)["losses"]) == {"forward", "hidden"}
     before, now = (compared(one, given, data) for one in (FACTOR(given), result.artifact))
-    # Half of what was lost: with the student's own loss alone it would not come nearer to the teacher at all.
-    assert now[0] < before[0] / 2
-    assert now[1] > before[1]
+    # Seen: 0.056 to 0.0035 nat, and 66 % to 91 % of the images.
+    assert now[0] < before[0] / 4
+    assert now[1] > before[1] + 0.1
 
 
 def test_a_bare_recovery_has_the_rate_of_its_preset(able: tuple[Artifact, Data]) -> None:
@@ -348,13 +358,18 @@ def test_another_teacher_is_other_work(digits: Data, tmp_path: Path) -> None:
     assert [name for name in keys[0] if keys[0][name] != keys[1][name]] == ["teacher"]
 
 
-def test_classes_are_put_in_order_by_their_names(able: tuple[Artifact, Data]) -> None:
-    given, data = able
+def test_classes_are_put_in_order_by_their_names(able: tuple[Artifact, Data], digits: Data, tmp_path: Path) -> None:
+    given, _ = able
     order = torch.tensor([3, 7, 5, 8, 0, 1, 9, 2, 4, 6])
     state = {key: value[order] if key.startswith("head.") else value for key, value in given.state.items()}
-    mixed = replace(given, state=state, labels=tuple("3758019246"))
-    result = after(kd(), given, mixed, open_data("digits", limit_train=32))
-    assert said(result)["loss"][0] < 1e-6
+
+    def loss(**fields: Any) -> float:
+        teacher = saved(replace(given, state=state, **fields), tmp_path / "teacher")
+        result = Pipeline((kd(teacher=teacher, **STILL),))(given, context(digits)).artifact
+        return float(said(result)["loss"][0])
+
+    assert loss(labels=tuple("3758019246")) <= 1e-6
+    assert loss(labels=None) > 0.5, "the order makes no difference"
 
 
 # Options and presets
@@ -459,7 +474,7 @@ def teacher(tmp_path: Path) -> str:
 def test_a_cache_gives_the_losses_of_its_teacher(able: tuple[Artifact, Data], digits: Data, tmp_path: Path) -> None:
     """The student stands still, so that nothing but the targets differs."""
     given, student = able[0], artifact("vit", seed=3)
-    still = {"optimizer": "sgd", "lr": 1e-12, "weight_decay": 0.0, "epochs": 2}
+    still = {**STILL, "epochs": 2}
     live = said(after(kd(**still), student, given, digits))
     spread = 0.0
     with torch.no_grad():
@@ -467,7 +482,7 @@ def test_a_cache_gives_the_losses_of_its_teacher(able: tuple[Artifact, Data], di
             shown = digits.views(INPUT, kd(), range(64), seed=0, epoch=epoch, batch_size=64, num_classes=10)
             logits = student.model()(next(shown).images)
             spread = max(spread, float((logits.amax(1) - logits.amin(1)).max()))
-    for mass in (0.8, 0.999):
+    for mass in (0.9, 0.999):
         place = tmp_path / str(mass)
         cached = said(after(kd(**still, cache=str(place), cache_mass=mass, cache_check=128), student, given, digits))
         index = json.loads((place / "index.json").read_text())
@@ -556,7 +571,7 @@ def test_targets_that_the_teacher_no_longer_gives_are_found_out(
     options(artifact("vit"), context(digits))
     logits = Teacher.logits
     monkeypatch.setattr(Teacher, "logits", lambda this, images: logits(this, images).flip(1))
-    with pytest.raises(StoreError, match="stored is class .* beyond rounding; fill another folder"):
+    with pytest.raises(StoreError, match=r"stored is class .* beyond rounding; fill another folder"):
         options(artifact("vit"), context(digits))
 
 
@@ -671,8 +686,8 @@ def test_a_forecast_says_what_a_distillation_will_cost(digits: Data, teacher: st
     assert "cache_bytes" not in two
 
 
-def vit_macs(width: int) -> int:
-    tokens, depth, patches, patch = 17, VIT["depth"], 16, 3 * 8 * 8
+def vit_macs(width: int, depth: int = VIT["depth"]) -> int:
+    tokens, patches, patch = 17, 16, 3 * 8 * 8
     block = tokens * width * width * (3 + 1 + 4 + 4) + 2 * tokens * tokens * width
     return patches * patch * width + depth * block + width * 10
 
@@ -683,7 +698,20 @@ def test_before_its_stage_is_known_a_cache_is_estimated(digits: Data, tmp_path: 
 
 
 def test_a_dry_run_prints_the_forecast(call: Call, tiny: tuple[str, ...], teacher: str) -> None:
-    chain = ("--batch-size", "50", "--dry-run", "distill", "--teacher", teacher, "--epochs", "3", "--method", "cosine")
+    chain = (
+        "--batch-size",
+        "50",
+        "--dry-run",
+        "distill",
+        "--teacher",
+        teacher,
+        "--epochs",
+        "3",
+        "--method",
+        "cosine",
+        "--method",
+        "kd",
+    )
     ended = call("run", *tiny, *chain)
     assert ended.code == 0, ended.err
     lines = [" ".join(line.split()) for line in ended.out.splitlines()]
@@ -691,8 +719,8 @@ def test_a_dry_run_prints_the_forecast(call: Call, tiny: tuple[str, ...], teache
     assert lines[at + 1 : at + 6] == [
         "teacher vit_tiny_patch16_224",
         f"teacher macs {vit_macs(48) / 1e6:.2f} M",
-        "student macs 0.87 M",
-        f"auxiliary params {64 * 48 + 48}",
+        f"student macs {vit_macs(64, depth=1) / 1e6:.2f} M",
+        f"auxiliary params {(64 * 48 + 48) / 1e3:.2f} k",
         "steps 12",
     ]
     as_json = json.loads(call("run", *tiny, "--json", *chain).out)["forecasts"]

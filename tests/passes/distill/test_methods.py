@@ -187,7 +187,7 @@ def test_the_loss_of_a_step_is_float32_where_the_forward_pass_is_bf16(batch: Bat
 
 @pytest.mark.parametrize(
     ("teacher", "method"),
-    [("dropout", ("kd", "cosine")), ("resnet", ("kd", "cosine")), ("dropout", ("scalekd",))],
+    [("dropout", ("kd", "cosine")), ("densenet", ("kd", "cosine")), ("dropout", ("scalekd",))],
     ids=["dropout and drop path", "batch norm", "through its last stage"],
 )
 def test_three_steps_change_the_student_and_leave_the_teacher(

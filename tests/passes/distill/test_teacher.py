@@ -85,7 +85,7 @@ def test_a_teacher_of_grey_images_is_refused() -> None:
 # Frozen
 
 
-@pytest.mark.parametrize("name", ["dropout", "resnet"])
+@pytest.mark.parametrize("name", ["dropout", "densenet"])
 def test_it_cannot_be_put_into_training_mode(name: str) -> None:
     teacher, images = teacher_of(artifact(name)), noise()
     first, values = teacher.logits(images), state_digest(teacher.state_dict())
