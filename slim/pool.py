@@ -88,11 +88,9 @@ def write_list(path: Path, header: Header, chosen: Sequence[Chosen]) -> None:
 
 
 def is_list(path: Path) -> bool:
-    """Whether there is such a list at `path`, whole or not. Raises DataError for a file that cannot be read."""
-    if not path.is_file():
-        return False
+    """Whether there is such a list at `path`, whole or not."""
     try:
-        with path.open("rb") as file:
+        with _opened(path) as file:
             _header(path, file)
     except DataError:
         return False

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar, Literal, cast
 
 from pydantic import Field, JsonValue, ModelWrapValidatorHandler, field_validator, model_validator
@@ -27,7 +28,7 @@ from slim.passes.distill.method import Method
 from slim.passes.distill.methods import Pair
 from slim.passes.distill.objective import Distillation, Lesson, cached, live
 from slim.passes.distill.presets import PRESETS, Preset
-from slim.passes.distill.targets import USUAL_K, bytes_needed
+from slim.passes.distill.targets import USUAL_K, bytes_needed, index_in
 from slim.passes.distill.teacher import OWN, Teacher, classes_of, find
 from slim.training import Training, resolve_precision
 
@@ -186,14 +187,16 @@ class Distill(Training, Augment, Pass):
         return {**figures, **said}
 
     def _cache_bytes(self, tutor: Tutor, context: Context) -> int:
-        """Bytes of the cache, estimated before it is begun. One that holds other targets is refused here."""
+        """Bytes of the cache, an estimate with USUAL_K until k is chosen. One with other targets is refused here."""
         if not self.recovers:
             return opened(self, tutor.artifact, tutor.teacher, context).size_bytes(self.epochs)
         # What the teacher will be is not known yet: the network before its stage.
-        assert context.data is not None  # as in `forecast`
+        assert self.cache is not None  # as in `forecast`
+        assert context.data is not None
         assert context.backbone is not None
-        images = len(context.data.pool(self.splits))
-        return bytes_needed(images, self.epochs, min(context.backbone.num_classes, USUAL_K))
+        begun = index_in(Path(self.cache).expanduser())
+        k = begun.k if begun else min(context.backbone.num_classes, USUAL_K)
+        return bytes_needed(len(context.data.pool(self.splits)), self.epochs, k)
 
     def _tutors(self, model: nn.Module, context: Context, *, dry: bool = False) -> list[Tutor]:
         """Every teacher with the methods placed on it.

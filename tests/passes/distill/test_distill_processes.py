@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import subprocess
@@ -12,12 +13,11 @@ from typing import Any
 import pytest
 import torch
 
-from slim import job, recipe
+from slim import distributed, job, recipe, store
 from slim.artifact import Artifact
-from slim.runs import Run
 from tests.passes.distill.classroom import artifact, noise, saved
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread", "little_garbage")
 # Shares of 13 and 12 images: equal weights for both would be wrong by 4 %. No method compares images with each other
 # but infonce, which gathers them.
 RECIPE = """\
@@ -39,6 +39,20 @@ passes:
 OPTIONS = "lr: 0.02, optimizer: sgd, flip: 0.0, precision: fp32"
 
 
+SCRIPT = """\
+import sys
+from pathlib import Path
+from slim import distributed, job, recipe, store
+"""
+
+
+def learn(file: Path, place: Path) -> None:
+    """What the recipe comes to, without files that are measured or shipped; also the script of several processes."""
+    prepared = job.prepare(recipe.parse(recipe.read(file), place="test"))
+    result = prepared.recipe.pipeline()(prepared.start.artifact, prepared.context())
+    distributed.on_main(lambda: store.save(result.artifact, place))
+
+
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Artifact, Artifact, Path]:
     """What one process and two came to, and the folder that has the caches of both."""
@@ -50,12 +64,14 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Artifact, Artifact, 
         files[which] = folder / f"{which}.yaml"
         files[which].write_text(text.replace("OPTIONS", OPTIONS))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    command += ["-m", "slim", "run", "-f", str(files["two"]), "--out", str(folder / "run")]
+    script = folder / "script.py"
+    script.write_text(f"{SCRIPT}\n{inspect.getsource(learn)}\nlearn(Path(sys.argv[1]), Path(sys.argv[2]))\n")
+    command += [str(script), str(files["two"]), str(folder / "together")]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=180)
     assert ended.returncode == 0, ended.stderr
-    alone = job.execute(job.prepare(recipe.parse(recipe.read(files["one"]), place="test")), folder / "alone")
-    return alone.artifact, Run(folder / "run").artifact, folder
+    learn(files["one"], folder / "alone")
+    return store.load(folder / "alone"), store.load(folder / "together"), folder
 
 
 def test_two_processes_learn_what_one_learns(runs: tuple[Artifact, Artifact, Path]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from slim.errors import PassError
 from slim.passes.distill import Distill, methods
 from slim.passes.distill.embedding import EmbeddingTarget
 from slim.passes.distill.hidden import Hidden, relative_distance
-from slim.passes.distill.logits import soft_kl
+from slim.passes.distill.logits import hard, label_loss, soft_kl
 from slim.passes.distill.method import Outputs
 from slim.passes.distill.methods import BEYOND_LOGITS, RECOVER, TOKENS, WEIGHTS, Pair
 from tests.passes.distill.classroom import FAST, NETWORKS, RESNET, artifact, batches, named, noise, taught, written
@@ -238,6 +239,8 @@ def test_several_teachers_count_as_their_mean(batch: Batch) -> None:
     assert together.keys() == alone[0].keys() == {"forward", "embedding", "label"}
     for name, loss in together.items():
         torch.testing.assert_close(loss, (alone[0][name] + alone[1][name]) / 2, rtol=1e-6, atol=0)
+    # The labels are there once, however many teach.
+    torch.testing.assert_close(together["label"], 0.5 * label_loss(model(batch.images), batch.target))
 
 
 def test_images_without_label_add_nothing_to_the_label_term(digits: Data, tmp_path: Path) -> None:
@@ -265,11 +268,11 @@ def test_a_token_learns_from_the_teacher_and_the_other_from_the_labels(batch: Ba
             losses[name].backward(retain_graph=True)
             assert getattr(model, other).weight.grad is None
             assert getattr(model, head).weight.grad.any()
-    soft = taught(artifact("deit"), artifact("vit"), method="token-soft=3", label_weight=1.0)
-    soft[0].train().set_distilled_training(True)  # type: ignore[operator]
-    with torch.no_grad():
-        token, teacher = soft[0](batch.images)[1], soft[2][0].logits(batch.images)
-    torch.testing.assert_close(soft[1](soft[0], batch)["token"], 3 * soft_kl(token, teacher, kind="forward"))
+    for method, distance in (("token", hard), ("token-soft", partial(soft_kl, kind="forward"))):
+        model, objective, (found,) = taught(artifact("deit"), artifact("vit"), method=f"{method}=3", label_weight=1.0)
+        model.train().set_distilled_training(True)
+        token, teacher = model(batch.images)[1], found.logits(batch.images)
+        torch.testing.assert_close(objective(model, batch)["token"], 3 * distance(token, teacher))
 
 
 # Hidden states

@@ -1,15 +1,18 @@
-"""The cache of targets: the maths on plain tensors, then files that are filled, resumed, read, checked and refused."""
+"""The cache of targets: files that are filled, resumed, read, checked and refused."""
 
 from __future__ import annotations
 
 import json
 import math
+import os
+import resource
+import subprocess
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -20,17 +23,8 @@ from slim.contract import no_progress
 from slim.data import Augment, open_data
 from slim.errors import PassError, StoreError
 from slim.passes.distill import targets
-from slim.passes.distill.targets import (
-    NOISE,
-    Targets,
-    agrees,
-    bytes_needed,
-    least_k,
-    log_probs,
-    retained,
-    tolerance,
-    top_k,
-)
+from slim.passes.distill.records import log_probs, retained, top_k
+from slim.passes.distill.targets import Targets, bytes_needed, index_in
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -87,111 +81,6 @@ def shards_of_8(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def everything(cache: Targets) -> Tensor:
     return torch.stack([cache.lookup(epoch, torch.arange(IMAGES)) for epoch in range(2)])
-
-
-@pytest.mark.parametrize(("mass", "k"), [(0.1, 1), (0.5, 1), (0.6, 2), (0.75, 2), (0.9, 3), (1.0, 4)])
-def test_least_k_by_hand(mass: float, k: int) -> None:
-    assert least_k(torch.tensor([0.5, 0.75, 0.9375, 1.0], dtype=torch.float64), mass) == k
-    # Rounding may leave all the mass a little under 1.
-    assert least_k(torch.tensor([0.5, 0.75, 0.9375, 1 - 1e-9], dtype=torch.float64), mass) == k
-
-
-def test_retained_mass_by_hand() -> None:
-    found = retained(torch.tensor([[0.2, 0.5, 0.3]]).log() * 4, 4.0)
-    torch.testing.assert_close(found, torch.tensor([[0.5, 0.8, 1.0]], dtype=torch.float64))
-
-
-def test_what_the_top_k_leave_is_spread_evenly() -> None:
-    found = log_probs(torch.tensor([[3, 1]]), torch.tensor([[0.5, 0.25]]), 6).exp()
-    torch.testing.assert_close(found, torch.tensor([[0.0625, 0.25, 0.0625, 0.5, 0.0625, 0.0625]]))
-
-
-TEACHERS = {"one-hot": 1000.0, "peaked": 8.0, "soft": 2.0, "flat": 0.01}
-
-
-@pytest.mark.parametrize("scale", TEACHERS.values(), ids=TEACHERS)
-@pytest.mark.parametrize("classes", [2, 1000])
-@pytest.mark.parametrize("k", [1, 2, 10, 1000])
-def test_lookups_are_finite_and_sum_to_one(scale: float, classes: int, k: int) -> None:
-    found = log_probs(*top_k(random(64, classes) * scale, 1.0, min(k, classes)), classes)
-    assert found.dtype == torch.float32
-    assert found.isfinite().all()
-    # A float32 logarithm of at most 18 is off by 2^-20 at most, and so are the probabilities, relatively.
-    torch.testing.assert_close(found.double().exp().sum(1), torch.ones(64, dtype=torch.float64), rtol=0, atol=2**-20)
-
-
-def test_the_top_class_stays_the_top_class_and_no_class_gets_more_than_a_stored_one() -> None:
-    index, prob = top_k(random(256, 100), 1.0, 4)
-    found = log_probs(index, prob, 100)
-    assert torch.equal(found.argmax(1), index[:, 0])
-    assert (found.scatter(1, index, -torch.inf).amax(1) < found.gather(1, index).amin(1)).all()
-
-
-def test_every_class_stored_is_a_round_trip_within_float16() -> None:
-    logits = random(64, 50) * 4
-    exact, found = targets.softened(logits, 1.0).double(), log_probs(*top_k(logits, 1.0, 50), 50).double().exp()
-    # Stored to 2^-11 of itself, or 2^-25 where that is more; the sum they are scaled by is off by no more than they.
-    bound = exact * 2**-11 + 2**-25
-    assert ((found - exact).abs() <= bound + exact * bound.sum(1, keepdim=True)).all()
-
-
-def kl(p: Tensor, log_p: Tensor, log_s: Tensor) -> Tensor:
-    return torch.where(p > 0, p * (log_p - log_s), 0.0).sum(1)
-
-
-@pytest.mark.parametrize("scale", TEACHERS.values(), ids=TEACHERS)
-@pytest.mark.parametrize(("classes", "k"), [(2, 1), (2, 2), (5, 4), (1000, 1), (1000, 10), (1000, 50), (1000, 1000)])
-@pytest.mark.parametrize("student", [0.1, 3.0])
-def test_cached_and_live_kl_differ_by_no_more_than_the_tolerance(
-    scale: float, classes: int, k: int, student: float
-) -> None:
-    logits = random(128, classes) * scale
-    log_s, log_p = torch.log_softmax(random(128, classes, seed=1).double() * student, 1), logits.double().log_softmax(1)
-    log_c = log_probs(*top_k(logits, 1.0, k), classes).double()
-    gap = kl(log_p.exp(), log_p, log_s) - kl(log_c.exp(), log_c, log_s)
-    mass, spread = retained(logits, 1.0)[:, k - 1], log_s.amax(1) - log_s.amin(1)
-    limits = [
-        tolerance(min(float(m), 1.0), classes=classes, k=k, spread=float(s)) for m, s in zip(mass, spread, strict=True)
-    ]
-    assert (gap.abs() <= torch.tensor(limits)).all()
-    whole = tolerance(min(float(mass.mean()), 1.0), classes=classes, k=k, spread=float(spread.max()))
-    assert abs(float(gap.mean())) <= whole
-
-
-def test_the_tolerance_is_nearly_reached_so_it_is_not_idle() -> None:
-    # All that is cut lies on one class, to which the student gives e^-10 of what it gives the others.
-    teacher, ours = torch.full((1, 1000), -torch.inf).double(), torch.zeros(1, 1000).double()
-    teacher[0, :2], ours[0, 1] = torch.tensor([0.75, 0.25]).log(), -10.0
-    log_s, log_c = torch.log_softmax(ours, 1), log_probs(torch.tensor([[0]]), torch.tensor([[0.75]]), 1000).double()
-    gap = kl(teacher.exp(), teacher, log_s) - kl(log_c.exp(), log_c, log_s)
-    limit = tolerance(0.75, classes=1000, k=1, spread=10.0)
-    assert 0.99 * limit < float(gap) <= limit
-
-
-def test_the_tolerance_covers_the_kl_that_soft_teachers_lose() -> None:
-    # Of 1000 classes: k = 10 keeps 96 % and loses 0.13 nat, k = 50 keeps 99.8 % and loses 0.006.
-    assert tolerance(0.96, classes=1000, k=10, spread=0.0) > 0.13
-    assert tolerance(0.998, classes=1000, k=50, spread=0.0) > 0.006
-
-
-def test_any_logits_within_the_noise_agree_and_others_do_not() -> None:
-    logits = random(500, 40) * 6
-    index, prob = top_k(logits, 2.0, 10)
-    most = logits.abs().amax(1, keepdim=True)
-    # The bound is on the logits of today, whose largest may be NOISE smaller than that of the record.
-    moved = logits + most * (NOISE / (1 + NOISE)) * random(500, 40, seed=1).sign()
-    assert agrees(index, prob, logits, 2.0).all()
-    assert agrees(index, prob, moved, 2.0).all()
-    assert not agrees(index, prob, random(500, 40, seed=2) * 6, 2.0).any()
-    assert not agrees(index, prob, logits, 1.0).all()
-
-
-def test_a_class_that_was_not_stored_may_not_lead() -> None:
-    # Class 0 has the probability that is stored for it; class 1 did not exist for the record.
-    logits = torch.tensor([[0.3, 0.6, 0.05, 0.05]]).log()
-    index, prob = torch.tensor([[0]]), torch.tensor([[0.3]])
-    assert not agrees(index, prob, logits, 1.0)
-    assert agrees(index, prob, torch.tensor([[0.3, 0.28, 0.21, 0.21]]).log(), 1.0)
 
 
 def test_replayed_is_what_was_stored_and_that_is_what_the_teacher_says(tmp_path: Path, shards_of_8: None) -> None:
@@ -280,6 +169,45 @@ def test_of_two_processes_that_choose_k_the_first_decides(tmp_path: Path) -> Non
     assert filled(tmp_path / "alone", soft).k == CLASSES
 
 
+TWO_PROCESSES = """
+import sys
+import torch
+from slim import distributed
+from slim.contract import no_progress
+from slim.passes.distill import targets
+rank, folder = distributed.rank(), sys.argv[1]
+torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+targets.SHARD = 8
+cache = targets.Targets.open(folder + "/cache", {}, images=20, classes=6, temperature=1.0, mass=0.9)
+asked = []
+def views(epoch, positions):
+    asked.append((epoch, *positions))
+    yield torch.zeros(len(positions), 1)
+cache.fill(1, views, lambda images: images + torch.arange(6) * rank * 50, progress=no_progress, rank=rank, world=2)
+distributed.wait()
+cache.lookup(0, torch.arange(20))
+print(cache.k, len(asked))
+"""
+
+
+def test_of_two_processes_rank_0_chooses_k_for_both(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", TWO_PROCESSES, str(tmp_path)]
+    started = [
+        subprocess.Popen(
+            command,
+            env={**os.environ, "WORLD_SIZE": "2", "RANK": str(rank), "OMP_NUM_THREADS": "1"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    ended = [process.communicate(timeout=120) for process in started]
+    assert [process.returncode for process in started] == [0, 0], ended
+    # Rank 0: once to choose k, and shards 0 and 2; rank 1: shard 1.
+    assert [said for said, _ in ended] == ["6 3\n", "6 1\n"]
+
+
 def test_k_is_the_least_that_retains_the_mass_of_the_first_1024_views(tmp_path: Path) -> None:
     assert filled(tmp_path / "peaked", Source(scale=500.0), mass=0.999).k == 1
     assert filled(tmp_path / "whole", Source(), mass=1.0).k == CLASSES
@@ -291,7 +219,9 @@ def test_k_is_the_least_that_retains_the_mass_of_the_first_1024_views(tmp_path: 
     assert cache.k is not None
     assert cache.k > 1
     assert share[cache.k - 2] < 0.8 <= share[cache.k - 1]
-    assert cache.reached == pytest.approx(float(share[cache.k - 1]), rel=1e-9)
+    assert json.loads((tmp_path / "first" / "index.json").read_text())["reached"] == pytest.approx(
+        float(share[cache.k - 1]), rel=1e-9
+    )
 
 
 def test_the_bytes_are_what_was_announced(tmp_path: Path, shards_of_8: None) -> None:
@@ -304,28 +234,51 @@ def test_the_bytes_are_what_was_announced(tmp_path: Path, shards_of_8: None) -> 
     assert opened(tmp_path / "new").size_bytes(1) == bytes_needed(20, 1, CLASSES, shard=8)
 
 
-def test_reading_maps_files_and_of_one_epoch_only(tmp_path: Path, shards_of_8: None) -> None:
+def test_a_shard_is_mapped_once_and_only_so_many_at_a_time(
+    tmp_path: Path, shards_of_8: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(targets, "OPEN", 3)
+    filled(tmp_path, Source())
+    cache = opened(tmp_path)
+    first = cache.lookup(0, torch.arange(20))
+    for path in tmp_path.glob("00000-*.bin"):
+        path.unlink()  # what is mapped stays readable
+    assert torch.equal(cache.lookup(0, torch.arange(20)), first)
+    cache.lookup(1, torch.arange(20))
+    with pytest.raises(StoreError, match=r"00000-00000\.bin: no such file"):
+        cache.lookup(0, torch.arange(20))
+
+
+def test_as_many_shards_are_mapped_as_there_are_and_none_holds_a_file_open(tmp_path: Path, shards_of_8: None) -> None:
     cache = filled(tmp_path, Source())
-    cache.lookup(0, torch.arange(20))
-    before = cache._mapped[0, 0]
-    cache.lookup(0, torch.arange(8))
-    assert cache._mapped[0, 0] is before
-    assert isinstance(before, np.memmap)
-    assert (before.dtype, len(before)) == (targets.record_dtype(cache.k or 0), 8)
-    cache.lookup(1, torch.arange(8))
-    assert set(cache._mapped) == {(1, 0)}
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)
+    free = os.dup(0)  # the lowest number that is free
+    os.close(free)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (free + 2, limit[1]))
+    try:
+        everything(cache)  # six shards
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limit)
+
+
+def test_the_index_of_a_folder_is_read_whatever_its_key(tmp_path: Path) -> None:
+    cache = filled(tmp_path / "cache", Source())
+    index = index_in(tmp_path / "cache")
+    assert index is not None
+    assert index.k == cache.k
+    assert index_in(tmp_path) is index_in(tmp_path / "new") is None
 
 
 MIXED = {"augmentation": KEY["augmentation"].replace("0.0}", "0.8}")}
 DIFFERENCES: list[tuple[dict[str, str], dict[str, float], str]] = [
     ({"seed": "1"}, {}, "seed 0, not 1"),
-    ({"data": "full:" + "a" * 60 + "bbbb"}, {}, "data ...aaaaaaaaaaaa, not ...aaaaaaaabbbb"),
-    ({"data": "ends:" + "b" * 64}, {}, "data full:" + "a" * 27 + "..., not ends:" + "b" * 27 + "..."),
-    (MIXED, {}, 'augmentation ...xup": 0.0}, not ...xup": 0.8}'),
+    ({"data": "full:" + "a" * 60 + "bbbb"}, {}, "data aaaaaaaaaaaa, not aaaaaaaabbbb"),
+    ({"data": "ends:" + "b" * 64}, {}, "data full:" + "a" * 19 + ", not ends:" + "b" * 19),
+    (MIXED, {}, 'augmentation xup": 0.0}, not xup": 0.8}'),
     ({"teacher": "ab12"}, {}, "teacher none, not ab12"),
-    ({"seed": "1", "teacher": "ab12"}, {"mass": 0.99}, "seed 0, not 1, teacher none, not ab12, mass 0.9, not 0.99"),
-    ({}, {"images": 21}, "images 20, not 21"),
-    ({}, {"classes": 7}, "classes 6, not 7"),
+    ({"seed": "1", "teacher": "ab12"}, {"mass": 0.99}, "mass 0.9, not 0.99, seed 0, not 1, teacher none, not ab12"),
+    ({}, {"images": 21}, "positions 20, not 21"),
+    ({}, {"classes": 7}, "outputs 6, not 7"),
     ({}, {"temperature": 4}, "temperature 2.0, not 4.0"),
 ]
 
@@ -344,7 +297,7 @@ def test_a_folder_of_something_else_is_refused_and_left_alone(tmp_path: Path) ->
     (tmp_path / "thesis.tex").write_text("x")
     with pytest.raises(StoreError, match=r"not a cache of targets \(no index.json\); give another folder"):
         opened(tmp_path)
-    with pytest.raises(StoreError, match="cannot be read as a folder"):
+    with pytest.raises(StoreError, match=r"thesis\.tex: exists and is not a cache of targets"):
         opened(tmp_path / "thesis.tex")
     assert opened(tmp_path / "new").k is None  # and nothing is written yet
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
@@ -361,12 +314,13 @@ def edited(text: str, **changed: Any) -> str:
     return json.dumps({**content, "digest": store.content_digest(content)})
 
 
+UNREAD = "index.json: not an index that this slim reads; use the slim that wrote it, or delete the folder"
 INDEX_DAMAGE: dict[str, tuple[Callable[[str], str], str]] = {
     "edited": (lambda text: text.replace('"k": ', '"k": 1'), r"index.json: edited or damaged; restore it .* or delete"),
-    "truncated": (lambda text: text[: len(text) // 2], "not an index of targets .*; delete the folder to begin again"),
-    "foreign": (lambda text: "[]", "not an index of targets .*; delete the folder"),
-    "newer": (lambda text: edited(text, format="slim-targets/2"), "'slim-targets/2' is not 'slim-targets/1'; use the"),
-    "more": (lambda text: edited(text, more=1), "use the slim that wrote it"),
+    "truncated": (lambda text: text[: len(text) // 2], UNREAD),
+    "foreign": (lambda text: "[]", UNREAD),
+    "newer": (lambda text: edited(text, format="slim-targets/2"), UNREAD),
+    "more": (lambda text: edited(text, more=1), UNREAD),
 }
 
 
@@ -374,7 +328,9 @@ INDEX_DAMAGE: dict[str, tuple[Callable[[str], str], str]] = {
 def test_a_damaged_index_is_refused(tmp_path: Path, damage: Callable[[str], str], said: str) -> None:
     filled(tmp_path, Source(), epochs=1)
     path = tmp_path / "index.json"
-    path.write_text(damage(path.read_text()))
+    damaged = damage(path.read_text())
+    assert damaged != path.read_text()
+    path.write_text(damaged)
     with pytest.raises(StoreError, match=said):
         opened(tmp_path)
 
@@ -415,7 +371,7 @@ def test_what_is_not_there_is_not_read(tmp_path: Path) -> None:
         filled(tmp_path, Source()).lookup(2, torch.arange(3))
 
 
-@pytest.mark.parametrize(("views", "said"), [(19, "19 views for 20 positions"), (21, "more views than the 20 positi")])
+@pytest.mark.parametrize(("views", "said"), [(19, "19 views for 20 positions"), (21, "21 views for 20 positions")])
 def test_there_are_as_many_views_as_positions(tmp_path: Path, views: int, said: str) -> None:
     source, cache = Source(), opened(tmp_path)
     with pytest.raises(StoreError, match=f"epoch 0, positions 0 to 19: {said}"):
@@ -443,18 +399,19 @@ def test_a_good_cache_passes_the_check_whatever_the_batch(tmp_path: Path, shards
     assert said["mass"] == pytest.approx(float(torch.cat(exact).mean()), abs=2**-11)
 
 
-def test_the_sample_is_drawn_by_its_seed_from_what_is_stored(tmp_path: Path, shards_of_8: None) -> None:
-    cache = filled(tmp_path, Source())
-    (tmp_path / "00000-00001.bin").unlink()
+def test_the_sample_is_drawn_by_its_seed_from_all_views(tmp_path: Path, shards_of_8: None) -> None:
+    cache = filled(tmp_path / "cache", Source())
     drawn = []
     for sample, seed in ((9, 0), (9, 0), (9, 1), (1000, 0)):
         source = Source()
         cache.check(sample, seed, 2, source.views, source.teacher)
         drawn.append(source.asked)
     assert drawn[0] == drawn[1] != drawn[2]
-    assert [len(set(part)) for part in drawn] == [9, 9, 9, 32]
-    assert not {(0, position) for position in range(8, 16)} & set(drawn[3])
-    with pytest.raises(StoreError, match="no targets of 1 epochs to check; fill the cache first"):
+    assert [len(set(part)) for part in drawn] == [9, 9, 9, 40]
+    assert {epoch for epoch, _ in drawn[0]} == {0, 1}
+    with pytest.raises(StoreError, match=r"00002-0000[0-2]\.bin: no such file; fill the cache for 3 epochs first"):
+        cache.check(1000, 0, 3, source.views, source.teacher)
+    with pytest.raises(StoreError, match="holds no targets yet; fill the cache first"):
         opened(tmp_path / "new").check(9, 0, 1, source.views, source.teacher)
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from slim.artifact import Artifact, Preprocessing, state_digest
 from slim.contract import Context
-from slim.errors import PassError
+from slim.errors import PassError, StoreError
 from slim.passes.distill.teacher import Teacher, classes_of, find
 from slim.sources import imagenet_names
 from tests.passes.distill.classroom import CPU, INPUT, LABELS, VIT, artifact, noise, saved
@@ -195,7 +195,7 @@ def test_a_folder_whose_artifact_was_replaced_is_read_again(tmp_path: Path) -> N
 
 
 def test_what_is_no_teacher_is_named_with_a_way_out(tmp_path: Path) -> None:
-    with pytest.raises(PassError, match=r"holds no run and no artifact; give the --out of a `slim run`$"):
+    with pytest.raises(StoreError, match="holds no artifact and no run; give one that `slim run` wrote"):
         find(str(tmp_path), Context())
     with pytest.raises(PassError, match=r"--teacher runs/none: no such folder; give a run, an artifact or a timm name"):
         find("runs/none", Context())
