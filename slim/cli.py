@@ -117,7 +117,13 @@ def fed(command: Callable[..., Any]) -> Callable[..., Any]:
 TRUST = click.option("--trust", is_flag=True, help="Import a package.module:factory model: runs that code.")
 
 
-@cli.group(cls=Chain, chain=True, invoke_without_command=True, epilog=f"{EXAMPLE}\n\n{EXIT_CODES}")
+@cli.group(
+    cls=Chain,
+    chain=True,
+    invoke_without_command=True,
+    short_help="Send a network through passes; measure what comes out.",
+    epilog=f"{EXAMPLE}\n\n{EXIT_CODES}",
+)
 @click.option("-f", "recipe_file", metavar="RECIPE", type=click.Path(path_type=Path), help="YAML; options override it.")
 @click.option("--set", "assignments", multiple=True, metavar="KEY=VALUE", help="passes.1.energy=0.9; counts from 0.")
 @click.option("--model", metavar="NAME", help="timm's name, a run, an artifact, or package.module:factory.")
@@ -190,7 +196,9 @@ def pass_command(pass_class: type[Pass]) -> click.Command:
     def build(**given: Any) -> Pass:
         return build_pass(pass_class, {name: value for name, value in given.items() if value not in (None, ())})
 
-    options: list[click.Parameter] = [_option(name, info) for name, info in pass_class.model_fields.items()]
+    # What is special about the pass comes before what all that train have.
+    fields = sorted(pass_class.model_fields.items(), key=lambda field: field[0] not in pass_class.__annotations__)
+    options: list[click.Parameter] = [_option(name, info) for name, info in fields]
     text = (pass_class.__doc__ or "").strip()
     return PassCommand(pass_class.name, callback=build, params=options, help=text, short_help=text.split("\n")[0])
 
@@ -200,8 +208,8 @@ def _option(name: str, info: Any) -> click.Option:
     if get_origin(annotation) in (Union, UnionType):
         annotation = next(part for part in get_args(annotation) if part is not NoneType)
     flag = "--" + name.replace("_", "-")
-    default = "none" if info.default is None else info.default
-    text = f"{info.description} [default: {default if default != () else 'none'}]"
+    default = ", ".join(map(str, info.default)) if isinstance(info.default, tuple) else info.default
+    text = f"{info.description} [default: {'none' if default in (None, '') else default}]"
     if annotation is bool:
         return click.Option([f"{flag}/--no-{flag[2:]}"], default=None, help=text)
     if get_origin(annotation) is tuple:
@@ -311,7 +319,7 @@ def gate(run_folder: Path, budgets: Path, **options: Any) -> None:
     sys.exit(commands.gate(run_folder, budgets, **options))
 
 
-@cli.command("select-unlabeled")
+@cli.command("select-unlabeled", short_help="Choose plain images worth showing to a student.")
 @click.option("--pool", metavar="FOLDER", required=True, type=click.Path(path_type=Path), help="Plain images.")
 @click.option("--teacher", metavar="RUN|ARTIFACT|NAME", required=True, help="Judges the images; NAME is one of timm's.")
 @click.option("--data", metavar="SOURCE", required=True, help="Its validation images are kept out.")

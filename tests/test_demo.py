@@ -59,7 +59,7 @@ def test_files_of_the_run_are_those_of_the_design(finished: tuple[Path, str]) ->
     assert {path.name for path in (out / "steps").iterdir()} == {
         "01-finetune",
         "02-low-rank",
-        "03-finetune",
+        "03-distill",
         "04-low-rank",
     }
 
@@ -67,9 +67,9 @@ def test_files_of_the_run_are_those_of_the_design(finished: tuple[Path, str]) ->
 def test_shipped_artifact_is_that_of_the_last_kept_step(finished: tuple[Path, str]) -> None:
     out, _ = finished
     final: Artifact = store.load(out / "final")
-    assert final.digest == store.load(out / "steps" / "03-finetune").digest
+    assert final.digest == store.load(out / "steps" / "03-distill").digest
     bundle = json.loads((out / "bundle" / "bundle.json").read_text())
-    assert [step["name"] for step in bundle["history"]] == ["finetune", "low-rank", "finetune"]
+    assert [step["name"] for step in bundle["history"]] == ["finetune", "low-rank", "distill"]
 
 
 def test_recipe_file_is_the_demo() -> None:
