@@ -138,7 +138,7 @@ TRUST = click.option("--trust", is_flag=True, help="Import a package.module:fact
 @fed
 @click.option("--data", metavar="SOURCE", help="digits, folder:/path, tar:/path or torchvision:NAME@/path.")
 @click.option("--split", metavar="train=0.8,val=0.2", help="Cuts class folders that have no train and val.")
-@click.option("--unlabeled", metavar="FOLDER", help="Plain images.")
+@click.option("--unlabeled", metavar="FOLDER|LIST", help="Plain images, or what select-unlabeled chose of them.")
 @click.option("--calib", type=int, metavar="N", help="Training images set aside for calibration.")
 @click.option("--batch-size", type=int, metavar="N", help="Images of one optimiser step, over all processes.")
 @click.option("--workers", type=int, metavar="N", help="Reader processes.")

@@ -224,7 +224,7 @@ def open_data(
     Args:
         source: scheme and place.
         split: shares such as `train=0.9,val=0.1`, for class folders without train and val.
-        unlabeled: a folder of plain images, read recursively.
+        unlabeled: a folder of plain images, read recursively, or a list of `slim select-unlabeled`.
         calib: images of the calibration subset: the first of train, or of an explicit calib share, in hash order.
         seed: of that order, and of the cut by `split`.
         limit_train: use only the first so many of train, in hash order.

@@ -17,7 +17,7 @@ from slim import costs, environment, store, verify
 from slim.artifact import Artifact
 from slim.contract import Context, Pass
 from slim.distributed import on_main
-from slim.errors import DataError, DivergedError, OrderError
+from slim.errors import DataError, DivergedError, OrderError, PassError, UsageError
 from slim.measurement import Measurement
 from slim.runs import Figures, Record, Run, step_key
 
@@ -112,9 +112,8 @@ class Pipeline:
             traits = (traits - step.drops) | step.gives
             for split in sorted(step.reads):
                 if context.data is None or not context.data.has(split):
-                    wanted = (
-                        "--unlabeled FOLDER" if split == "unlabeled" else "--data with it, or --split train=0.8,val=0.2"
-                    )
+                    pool, cut = "--unlabeled FOLDER or LIST", "--data with it, or --split train=0.8,val=0.2"
+                    wanted = pool if split == "unlabeled" else cut
                     raise DataError(
                         f"step {position} {step.name!r} reads the split {split!r}, which the data lacks; give {wanted}"
                     )
@@ -140,10 +139,16 @@ class Pipeline:
         """What each pass will cost, by name, before any work starts.
 
         Raises:
-            SlimError: a pass cannot work with this network, teacher or data.
+            UsageError: a pass cannot work with this network, teacher or data.
         """
         known = replace(context, backbone=artifact.backbone, reference=artifact, dense=artifact)
-        return [step.forecast(artifact, known) for step in self.passes]
+        found = []
+        for position, step in enumerate(self.passes, 1):
+            try:
+                found.append(step.forecast(artifact, known))
+            except PassError as error:  # what cannot work is the chain's fault as long as no pass has run
+                raise UsageError(f"step {position} {step.name!r}: {error}") from error
+        return found
 
     def stages(self) -> list[Stage]:
         """prepare* structure repair*; leading repairs are a stage of their own."""

@@ -77,7 +77,7 @@ class DataSpec(_Section):
     split: str | None = None
     """`train=0.8,val=0.2`: cuts a source that has no train and val folders."""
     unlabeled: str | None = None
-    """Folder of plain images."""
+    """Folder of plain images, or a list of `slim select-unlabeled`."""
     limit: Limit = Limit()
     """Fewer images than there are."""
     calib: int = Field(default=256, ge=1)

@@ -245,7 +245,7 @@ def test_the_wheel_holds_every_module_card_and_template(wheel: zipfile.ZipFile) 
         f"slim/{path.name}" for path in (ROOT / "slim").iterdir() if path.suffix == ".py" or path.name == "py.typed"
     }
     for part in PARTS:
-        files = (path for path in (ROOT / part).iterdir() if path.suffix in {".py", ".md", ".jinja"})
-        expected |= {f"slim/{part}/{path.name}" for path in files}
+        files = (path for path in (ROOT / part).rglob("*") if path.suffix in {".py", ".md", ".jinja"})
+        expected |= {f"slim/{path.relative_to(ROOT).as_posix()}" for path in files}
     assert held == expected
     assert {"slim/passes/low_rank.md", "slim/bench/report.html.jinja", "slim/export/predict.py.jinja"} <= held

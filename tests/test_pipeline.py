@@ -243,7 +243,9 @@ def test_a_pass_without_its_split_is_refused(start: Artifact) -> None:
         DataError, match=r"^step 2 'finetune' reads the split 'train', which the data lacks; give --data"
     ):
         Pipeline((Mend(), Finetune())).check(start, Context())
-    with pytest.raises(DataError, match=r"^step 1 'study' reads the split 'unlabeled', .*; give --unlabeled FOLDER$"):
+    with pytest.raises(
+        DataError, match=r"^step 1 'study' reads the split 'unlabeled', .*; give --unlabeled FOLDER or L"
+    ):
         chain("study").check(start, Context(data=open_data("digits", limit_train=8, limit_val=8)))
 
 

@@ -19,25 +19,46 @@ from slim.passes import PASSES, resolve
 from slim.pipeline import Guard
 from slim.recipe import DataSpec, ExportSpec, InputSpec, Limit, ModelSpec, Recipe
 
+TRAINING: dict[str, Any] = {
+    "flip": 0.0,
+    "scale_low": 0.8,
+    "color_jitter": 0.4,
+    "auto": "rand-m9-mstd0.5",
+    "mixup": 0.2,
+    "cutmix": 1.0,
+    "smoothing": 0.1,
+    "erase": 0.25,
+    "epochs": 3,
+    "lr": 2e-05,
+    "optimizer": "sgd",
+    "weight_decay": 0.0,
+    "warmup": 0.2,
+    "clip": 0.0,
+    "ema": 0.999,
+    "trainable": "head",
+    "precision": "fp32",
+}
 VALUES: dict[str, dict[str, Any]] = {
-    "finetune": {
-        "flip": 0.0,
-        "scale_low": 0.8,
-        "color_jitter": 0.4,
-        "auto": "rand-m9-mstd0.5",
-        "mixup": 0.2,
-        "cutmix": 1.0,
-        "smoothing": 0.1,
-        "erase": 0.25,
-        "epochs": 3,
-        "lr": 2e-05,
-        "optimizer": "sgd",
-        "weight_decay": 0.0,
-        "warmup": 0.2,
-        "clip": 0.0,
-        "ema": 0.999,
-        "precision": "fp32",
+    "distill": {
+        **TRAINING,
+        "teacher": ("runs/teacher", "resnet50"),
+        "preset": "patient",
+        "method": ("jeffreys", "dist=0.5"),
+        "images": "all",
+        "label_weight": 0.5,
+        "temperature": 4.0,
+        "standardize": True,
+        "dkd_beta": 8.0,
+        "scalekd_stem": "dw3",
+        "scalekd_alt": False,
+        "scalekd_perception": False,
+        "scalekd_tail": 2,
+        "scalekd_paper_scale": True,
+        "cache": "runs/targets",
+        "cache_mass": 0.99,
+        "cache_check": 0,
     },
+    "finetune": TRAINING,
     "low-rank": {
         "energy": 0.8,
         "ratio": 0.5,
@@ -48,6 +69,8 @@ VALUES: dict[str, dict[str, Any]] = {
     },
 }
 """A value other than the default for every field of every pass."""
+ALONG = {("distill", "cache"): {"method": ("kd",)}, ("distill", "trainable"): {"method": ("kd",)}}
+"""What a value needs beside it to make sense."""
 
 FIELDS = [(name, field) for name in PASSES for field in resolve(name).model_fields]
 ACTS = {"recipe_file", "assignments", "model_args", "no_guard", "require_gain", "out", "resume", "trust"}
@@ -114,10 +137,12 @@ def test_the_table_of_values_has_every_option_of_every_pass() -> None:
 @pytest.mark.parametrize(("name", "field"), FIELDS, ids=[".".join(pair) for pair in FIELDS])
 def test_an_option_is_the_same_on_all_three_roads(emitted: Any, name: str, field: str) -> None:
     value = VALUES[name][field]
-    python = Recipe(model=ModelSpec(name="resnet18"), passes=(resolve(name)(**{field: value}),))
-    in_file = {"model": "resnet18", "passes": [{"name": name, field: list(value) if field == "skip" else value}]}
-    assert parsed(yaml.safe_dump(in_file)) == python
-    assert parsed(emitted("--model", "resnet18", name, *words(field, value))) == python
+    along = ALONG.get((name, field), {})
+    python = Recipe(model=ModelSpec(name="resnet18"), passes=(resolve(name)(**{field: value}, **along),))
+    plain = {key: list(one) if isinstance(one, tuple) else one for key, one in {field: value, **along}.items()}
+    assert parsed(yaml.safe_dump({"model": "resnet18", "passes": [{"name": name, **plain}]})) == python
+    beside = [word for key, one in along.items() for word in words(key, one)]
+    assert parsed(emitted("--model", "resnet18", name, *words(field, value), *beside)) == python
     assert getattr(python.passes[0], field) == value
 
 
@@ -343,8 +368,8 @@ def test_a_chain_on_the_command_line_may_end_a_file_without_one(emitted: Any, tm
         ("model: m\nexport: {fromat: onnx}", "export.fromat: unknown key; did you mean 'format'?"),
         ("model: m\npasses: [{name: low-rank, enrgy: 1}]", "passes.0: low-rank: enrgy: unknown key; did you mean 'en"),
         ("model: m\npasses: [{name: lowrank}]", "passes.0: pass 'lowrank' is unknown; did you mean 'low-rank'?"),
-        ("model: m\npasses: [{name: finetune}, {lr: 1}]", "passes.1: {'lr': 1} is not a pass; write {name: finetune,"),
-        ("model: m\npasses: [low-rank]", "passes.0: 'low-rank' is not a pass; write {name: finetune, ...}"),
+        ("model: m\npasses: [{name: finetune}, {lr: 1}]", "passes.1: {'lr': 1} is not a pass; write {name: distill,"),
+        ("model: m\npasses: [low-rank]", "passes.0: 'low-rank' is not a pass; write {name: distill, ...}"),
         ("model: m\npasses: low-rank", "passes: 'low-rank' should be a valid tuple"),
         ("model: {args: {}}", "model.name: is missing"),
         ("model: [m]", "model: ['m'] should be a valid dictionary"),
@@ -460,6 +485,7 @@ def test_the_schema_accepts_what_is_emitted_and_what_is_short(emitted: Any) -> N
     line = ["--model", "m", "--data", "digits", "--input-size", "32", "--no-guard"]
     for name, field in FIELDS:
         line += [name, *words(field, VALUES[name][field])]
+        line += [word for key, one in ALONG.get((name, field), {}).items() for word in words(key, one)]
     assert fits(recipe.plain_yaml(emitted(*line, "export")), whole, whole)
     assert fits({"model": "m", "data": "digits", "passes": [{"name": "low-rank"}]}, whole, whole)
 

@@ -195,6 +195,8 @@ def test_three_steps_change_the_student_and_leave_the_teacher(
     teacher: str, method: tuple[str, ...], digits: Data
 ) -> None:
     model, objective, (found,) = taught(artifact("vit"), artifact(teacher, seed=2), method=method)
+    # Else checkpoints, process groups and `train()` would reach it.
+    assert {*found.modules()}.isdisjoint(objective.modules())
     objective.train()
     model.train()
     values = state_digest(found.model.state_dict())
