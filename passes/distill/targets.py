@@ -28,7 +28,6 @@ from slim import distributed, store
 from slim.contract import Progress
 from slim.errors import PassError, StoreError
 from slim.passes.distill import records
-from slim.passes.distill.records import tolerance as tolerance
 
 INDEX = "index.json"
 SHARD = 65_536

@@ -1,24 +1,26 @@
-"""Real digits, networks too small to wait for, and the objective of a distillation outside of its pass."""
+"""Real digits, networks too small to wait for, a spy on trainings, and the objective outside of its pass."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from slim import store
+from slim import contract, store
 from slim.artifact import Artifact, Backbone, Preprocessing
 from slim.contract import Context, Loading
 from slim.data import Batch, Data
-from slim.passes.distill import Distill, methods
+from slim.passes.distill import Distill, methods, objective, taps
 from slim.passes.distill.method import Method
 from slim.passes.distill.methods import Pair
 from slim.passes.distill.objective import Distillation, Lesson, live
 from slim.passes.distill.teacher import Teacher
+from slim.passes.low_rank import LowRank
 
 CPU = torch.device("cpu")
 LABELS = tuple("0123456789")
@@ -96,3 +98,77 @@ def written(data: Data, split: str, folder: Path, *, by_class: bool = False) -> 
         image: Image.Image = part.images.open(name)
         image.save(place / f"{position:06d}.png")
     return folder
+
+
+FACTOR = LowRank(ratio=0.3, min_width=16, align=1)
+STILL: dict[str, Any] = {"optimizer": "sgd", "lr": 1e-12, "weight_decay": 0.0}
+"""Training that changes nothing, so that its loss is that of the start."""
+
+
+def kd(**fields: Any) -> Distill:
+    """Soft targets alone, on each image once, from whatever the context has for the stage's reference."""
+    return Distill(**{**FAST, "method": "kd", **fields})
+
+
+def after(options: Distill, student: Artifact, teacher: Artifact, data: Data, **fields: Any) -> Artifact:
+    return options(student, context(data, teacher=teacher, **fields))
+
+
+def said(result: Artifact) -> Any:
+    return result.history[-1].metrics
+
+
+class Spy:
+    """What a training was given, seen on its way there."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.optimised: list[Tensor] = []
+        self.teachers: list[Teacher] = []
+        self.shown: list[tuple[nn.Module, Tensor]] = []
+        self.taught: list[str] = []
+        self.learning = False
+        make, begin, look, train = (
+            training_optimiser(),
+            Teacher.__init__,
+            taps.outputs,
+            contract.Context.train,
+        )
+        ask = Teacher.forward
+
+        def optimiser(model: nn.Module, **fields: Any) -> Any:
+            made = make(model, **fields)
+            self.optimised += [value for group in made.param_groups for value in group["params"]]
+            return made
+
+        def teacher(this: Teacher, *args: Any, **fields: Any) -> None:
+            begin(this, *args, **fields)
+            self.teachers.append(this)
+
+        def outputs(model: nn.Module, images: Tensor, **fields: Any) -> Any:
+            if self.learning:
+                self.shown.append((model, images))
+            return look(model, images, **fields)
+
+        def answer(this: Teacher, images: Tensor, **fields: Any) -> Any:
+            self.taught += ["in training" if self.learning else "before"] * len(images)
+            return ask(this, images, **fields)
+
+        def learn(*args: Any) -> Any:
+            self.learning = True
+            try:
+                return train(*args)
+            finally:
+                self.learning = False
+
+        monkeypatch.setattr("timm.optim.create_optimizer_v2", optimiser)
+        monkeypatch.setattr(Teacher, "__init__", teacher)
+        monkeypatch.setattr(Teacher, "forward", answer)
+        monkeypatch.setattr(objective.taps, "outputs", outputs)
+        monkeypatch.setattr(contract.Context, "train", learn)
+
+
+def training_optimiser() -> Callable[..., torch.optim.Optimizer]:
+    from timm.optim import create_optimizer_v2
+
+    made: Callable[..., torch.optim.Optimizer] = create_optimizer_v2
+    return made
