@@ -140,6 +140,8 @@ def overheads() -> str:
     ]
     lines.append(f"| once per training pass, beyond a plain loop | {loop['once_per_pass_seconds_median']} s | |")
     lessons = read("distillation_step")
+    curve = lessons["curve"]
+    apart = max(abs(a - b) for a, b in zip(curve["live"], curve["cached"], strict=True))
     for name, words, limit in (
         ("live_against_apart", "distillation step against teacher + plain step", "1.05x"),
         ("cached_against_plain", "distillation step from a cache against a plain one", "1.10x"),
@@ -160,6 +162,11 @@ def overheads() -> str:
             "Medians, ranges in brackets. The limit of verify is 10 % of the pass or 1 s, whichever is more, and 5 s",
             "for ResNet-50, which takes more than that 1 s. What a training pass costs once is mostly garbage",
             "collection.",
+            "",
+            f"A training of {len(curve['live'])} epochs from the cache (top {curve['k']} of 10 classes, "
+            f"{100 * curve['mass']:.2f} % of the mass) has the",
+            f"losses of one with the live teacher within {apart:.1g} nat; the top-k alone may move them by "
+            f"{curve['tolerance']:.1g}.",
             "",
             f"Machine: {machine(verify)}. Scripts: `benchmarks/startup.py`, `training_loop.py`,",
             "`distillation_step.py`, `verify_cost.py`.",
