@@ -24,6 +24,7 @@ from torch import nn
 from slim.artifact import Preprocessing
 from slim.errors import SlimError, StoreError, UsageError
 from slim.store import write_bytes
+from slim.surgery import in_eval
 
 OPSET = 20
 """Newest opset whose attention still builds everywhere: from 23 on it is one op that TensorRT refuses in fp32."""
@@ -128,19 +129,6 @@ def read_ports(path: Path) -> tuple[tuple[Port, ...], tuple[Port, ...]]:
     except (OSError, DecodeError) as error:
         raise StoreError(f"{path}: not a whole ONNX file ({error}); export it again") from error
     return _ports(graph.input), _ports(graph.output)
-
-
-@contextlib.contextmanager
-def in_eval(model: nn.Module) -> Iterator[None]:
-    """`model` in eval mode and without gradients; every module's own training flag is put back afterwards."""
-    flags = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for module, training in flags:
-            module.training = training
 
 
 def _trace(model: nn.Module, size: tuple[int, int, int], batch_range: tuple[int, int]) -> onnx.ModelProto:

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from slim import environment
 from slim.errors import ParityError, SlimError, StoreError, UsageError
-from slim.export.onnx import in_eval
 from slim.export.target import Target
 from slim.measurement import Measurement
+from slim.surgery import in_eval
 
 TOLERANCE = 1e-4
 """Largest difference, as a share of the largest logit. Two orders of summation in float32 differ by 1e-7 to 3e-5 on

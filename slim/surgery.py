@@ -1,15 +1,29 @@
-"""The only file that edits modules."""
+"""The only file that edits modules, and the one that holds them still for a look."""
 
 from __future__ import annotations
 
 import copy
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import fuse_conv_bn_eval
+
+
+@contextmanager
+def in_eval(model: nn.Module) -> Iterator[None]:
+    """`model` in eval mode and without gradients; every module's own training flag is put back afterwards."""
+    flags = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module, training in flags:
+            module.training = training
 
 
 def swap(model: nn.Module, name: str, module: nn.Module) -> None:

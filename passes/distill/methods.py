@@ -18,6 +18,7 @@ from slim.passes.distill.hidden import Hidden
 from slim.passes.distill.method import Method
 from slim.passes.distill.scalekd import ScaleKD
 from slim.passes.distill.soft_targets import Decoupled, Relational, SoftTargets, Token
+from slim.surgery import in_eval
 
 if TYPE_CHECKING:
     from slim.passes.distill.distill import Distill
@@ -159,7 +160,7 @@ def _has_two_heads(model: nn.Module, size: tuple[int, int, int]) -> bool:
 
 
 def _width(model: nn.Module, size: tuple[int, int, int]) -> int:
-    with taps.evaluating(model):
+    with in_eval(model):
         pooled = taps.outputs(model, taps.probe(model, size), embedding=True).embedding
     assert pooled is not None  # asked for
     return pooled.shape[1]

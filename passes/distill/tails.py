@@ -20,7 +20,8 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from slim.errors import PassError
-from slim.passes.distill.taps import TOLERANCE, Shape, difference, evaluating, outputs, probe, shape_of
+from slim.passes.distill.taps import TOLERANCE, Shape, difference, outputs, probe, shape_of
+from slim.surgery import in_eval
 
 
 class Tail:
@@ -191,7 +192,7 @@ def tail_of(model: nn.Module, size: Shape, *, blocks: int | None = None) -> Tail
 
 def _verify(tail: Tail, model: nn.Module, size: Shape) -> None:
     """Set the shapes, and compare the tail with the network on random images."""
-    with evaluating(model):
+    with in_eval(model):
         given = outputs(model, probe(model, size), indices=(tail.index, tail.index + tail.blocks), final=True)
         before, after = given.maps[tail.index], given.maps[tail.index + tail.blocks]
         tail.enters, tail.leaves = shape_of(before), shape_of(after)

@@ -18,6 +18,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from slim.errors import PassError
 from slim.passes.distill.method import Outputs
+from slim.surgery import in_eval
 
 Shape = tuple[int, int, int]
 """Channels, height, width."""
@@ -63,7 +64,7 @@ def maps_of(model: nn.Module, size: Shape) -> list[Shape]:
     """
     network: Any = model
     _has(model, "forward_intermediates")
-    with evaluating(model):
+    with in_eval(model):
         maps = network.forward_intermediates(probe(model, size), intermediates_only=True, **_layout(model))
     if not maps or not all(isinstance(one, Tensor) and one.ndim == 4 for one in maps):
         raise PassError(
@@ -104,7 +105,7 @@ def check(model: nn.Module, size: Shape) -> None:
     dropped = next((name for name, m in model.named_modules() if type(m).__name__.startswith("PatchDropout")), None)
     if dropped is not None:
         raise PassError(f"distill: {dropped!r} of {_kind(model)} drops patches, so it has no maps; patch_drop_rate=0")
-    with evaluating(model):
+    with in_eval(model):
         images = probe(model, size)
         expected = _logits(model, model(images))[0]
         final, _, _ = _intermediates(model, images, [0])
@@ -135,19 +136,6 @@ def probe(model: nn.Module, size: Shape) -> Tensor:
     values = torch.randn(2, *size, generator=torch.Generator().manual_seed(0))
     parameter = next(model.parameters())
     return values.to(parameter.device, parameter.dtype)
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Every module in eval mode and no gradients; afterwards each module is in its own mode again."""
-    before = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for module, training in before:
-            module.training = training
 
 
 def _intermediates(

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from slim.errors import PassError
-from slim.passes.distill.taps import check, evaluating, last_two, maps_of, outputs
+from slim.passes.distill.taps import check, last_two, maps_of, outputs
+from slim.surgery import in_eval
 from tests.contract.zoo import Tied
 from tests.passes.distill.pairs import CLASSES, LARGE, SMALL, STUDENTS, TEACHERS, VIT, images, network, student, teacher
 
@@ -154,7 +155,7 @@ def test_modes_come_back_after_an_error() -> None:
     seen: list[bool] = []
 
     def stop() -> None:
-        with evaluating(model):
+        with in_eval(model):
             seen.extend(module.training for module in model.modules())
             raise ValueError("stop")
 
