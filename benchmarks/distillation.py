@@ -1,7 +1,7 @@
 """What distillation gives a small network on CIFAR-10 (JPEG): the same number of image views in every arm.
 
-    SLIM_TEST_DATA=/path python benchmarks/distillation.py            # every arm that has no result yet
-    SLIM_TEST_DATA=/path python benchmarks/distillation.py kd-1 ...   # these alone
+    SLIM_TEST_DATA=/path python -m benchmarks.distillation            # every arm that has no result yet
+    SLIM_TEST_DATA=/path python -m benchmarks.distillation kd-1 ...   # these alone
 
 Each arm writes benchmarks/results/distillation/ARM-SEED.json and is taken up where it was stopped. The student is a
 thin ResNet-18, the teacher a small Swin trained here on all 50,000 training images. Students see 5,000 of them with

@@ -1,6 +1,6 @@
 """What a distillation step costs: against a teacher's forward pass and a plain step timed apart, and with the cache.
 
-    python benchmarks/distillation_step.py     # writes benchmarks/results/distillation_step.json
+    python -m benchmarks.distillation_step     # writes benchmarks/results/distillation_step.json
 
 All loops read the same augmented digits with the same student and run in turn, in changing order, one epoch each.
 """
