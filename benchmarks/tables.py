@@ -119,8 +119,8 @@ def distillation() -> str:
             "",
             f"Over three seeds KD gains {statistics.mean(gains):+.2f} points on average ({min(gains):+.2f}.."
             f"{max(gains):+.2f}); the seeds of one arm differ by {spread:.2f} at most, and the worst",
-            f"seed with KD {apart} the best one without. Other arms have one seed: differences below that are none. Images",
-            f"without labels in place of more looks at the same ones: {pool:+.2f} points.",
+            f"seed with KD {apart} the best one without. Other arms have one seed: differences below that are none.",
+            f"Images without labels in place of more looks at the same ones: {pool:+.2f} points.",
             "",
             f"Machine: {machine(first)}; minutes are of a shared machine. Script: `benchmarks/distillation.py`.",
         ]
