@@ -50,8 +50,8 @@ ARMS: dict[str, Pass] = {
         teacher=(str(TEACHER),), method=("scalekd", "kd=0.5"), label_weight=0.5, **{**TRAINING, "clip": 5.0}
     ),
 }
-SEEDS = {"alone": (0, 1, 2), "kd": (0, 1, 2)}
-"""Of the two arms that decide; every other has seed 0."""
+SEEDS = {"alone": (0, 1, 2), "kd": (0, 1, 2), "scalekd": (0, 1, 2)}
+"""Of the arms whose gain is claimed; every other has seed 0."""
 
 
 def data_spec(**fields: Any) -> dict[str, Any]:

@@ -1,0 +1,58 @@
+"""A value other than the default for every field of every pass."""
+
+from __future__ import annotations
+
+from typing import Any
+
+TRAINING: dict[str, Any] = {
+    "flip": 0.0,
+    "scale_low": 0.8,
+    "color_jitter": 0.4,
+    "auto": "rand-m9-mstd0.5",
+    "mixup": 0.2,
+    "cutmix": 1.0,
+    "smoothing": 0.1,
+    "erase": 0.25,
+    "epochs": 3,
+    "lr": 2e-05,
+    "optimizer": "sgd",
+    "weight_decay": 0.0,
+    "warmup": 0.2,
+    "clip": 0.0,
+    "ema": 0.999,
+    "trainable": "head",
+    "precision": "fp32",
+}
+VALUES: dict[str, dict[str, Any]] = {
+    "distill": {
+        **TRAINING,
+        "teacher": ("runs/teacher", "resnet50"),
+        "preset": "patient",
+        "method": ("jeffreys", "dist=0.5"),
+        "images": "all",
+        "label_weight": 0.5,
+        "temperature": 4.0,
+        "standardize": True,
+        "dkd_beta": 8.0,
+        "scalekd_stem": "dw3",
+        "scalekd_alt": False,
+        "scalekd_perception": False,
+        "scalekd_tail": 2,
+        "scalekd_paper_scale": True,
+        "cache": "runs/targets",
+        "cache_mass": 0.99,
+        "cache_check": 0,
+    },
+    "finetune": TRAINING,
+    "low-rank": {
+        "energy": 0.8,
+        "ratio": 0.5,
+        "align": 16,
+        "guard": 0.7,
+        "min_width": 32,
+        "skip": ("stages.0.*", "head"),
+    },
+}
+"""A value other than the default for every field of every pass."""
+ALONG = {("distill", "cache"): {"method": ("kd",)}, ("distill", "trainable"): {"method": ("kd",)}}
+"""What a value needs beside it to make sense."""
