@@ -17,6 +17,7 @@ from typing import Any, Literal
 import torch
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, field_validator
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from slim import distributed, store, surgery
 from slim.contract import Context
@@ -55,6 +56,9 @@ class Training(BaseModel):
     """Decay of the moving average of the values, which then replaces them; 0 keeps none."""
     trainable: Literal["all", "head"] = "all"
     """Which values are trained; `head` is the classifier alone, and the norms keep their statistics."""
+    freeze_norms: bool = False
+    """Batch norms keep their statistics and normalise by them, not by those of each batch: for few images, or where they
+    were folded."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     """Arithmetic of the forward pass; `auto` takes bf16 where the device computes in it."""
 
@@ -202,6 +206,10 @@ class _State:
         self.learner.train()
         if training.trainable == "head":
             _hold_all_but_head(model)
+        if training.freeze_norms:
+            for module in model.modules():
+                if isinstance(module, _BatchNorm):
+                    module.eval()
         try:
             optimizer = create_optimizer_v2(
                 self.learner, opt=training.optimizer, lr=training.lr, weight_decay=training.weight_decay

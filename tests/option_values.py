@@ -21,6 +21,7 @@ TRAINING: dict[str, Any] = {
     "clip": 0.0,
     "ema": 0.999,
     "trainable": "head",
+    "freeze_norms": True,
     "precision": "fp32",
 }
 VALUES: dict[str, dict[str, Any]] = {

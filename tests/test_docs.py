@@ -58,6 +58,7 @@ def test_results_page_is_what_the_result_files_say() -> None:
     tables = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(tables)
     assert (ROOT / "docs" / "results.md").read_text() == tables.page()
+    assert (ROOT / "docs" / "distillation.svg").read_text() == tables.chart()
 
 
 def test_example_compares_two_networks() -> None:

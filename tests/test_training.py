@@ -338,3 +338,15 @@ def test_the_rate_rises_to_the_peak_and_falls_to_zero(total: int, warmup: float)
     falling = total - rising
     assert rates[:rising] == pytest.approx([2.0 * step / rising for step in range(rising)])
     assert rates[rising:] == pytest.approx([1 + math.cos(math.pi * step / falling) for step in range(falling)])
+
+
+def test_frozen_norms_keep_their_statistics_and_normalise_by_them(digits: Data) -> None:
+    before = NETWORKS["batch-norm"].build(seed=1).state_dict()
+    statistics = [name for name in before if name.endswith(("running_mean", "running_var", "num_batches_tracked"))]
+    for freeze in (True, False):
+        model, _ = trained(digits, "batch-norm", epochs=1, freeze_norms=freeze)
+        after = model.state_dict()
+        assert statistics
+        assert all(torch.equal(before[name], after[name]) == freeze for name in statistics)
+        weights = [name for name in before if name.endswith("bn1.weight")]
+        assert not any(torch.equal(before[name], after[name]) for name in weights), "their values are trained"

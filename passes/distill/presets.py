@@ -15,8 +15,9 @@ PRESETS: dict[str, dict[str, Any]] = {
     "fast": {"method": ("kd",), "epochs": 100},
     # Function matching: no label, the same mixed view for both, and patience.
     "patient": {"method": ("kd",), "epochs": 300, "mixup": 1.0, "weight_decay": 3e-4, "scale_low": 0.08},
-    # After a structural pass: the network learns to be again what it was, at a tenth of the usual rate.
-    "recover": {"method": ("recover",), "epochs": 10, "lr": 1e-4},
+    # After a structural pass: the network learns to be again what it was, at a tenth of the usual rate. Its norms have
+    # the statistics it had then; where they were folded, those of a batch destroy it (see docs/results.md).
+    "recover": {"method": ("recover",), "epochs": 10, "lr": 1e-4, "freeze_norms": True},
     "scalekd": {
         "method": ("scalekd", "kd=0.5"),
         "label_weight": 0.5,
