@@ -57,8 +57,8 @@ class Training(BaseModel):
     trainable: Literal["all", "head"] = "all"
     """Which values are trained; `head` is the classifier alone, and the norms keep their statistics."""
     freeze_norms: bool = False
-    """Batch norms keep their statistics and normalise by them, not by those of each batch: for few images, or where they
-    were folded."""
+    """Batch norms keep their statistics and normalise by them, not by those of each batch: for few images, or folded
+    norms."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     """Arithmetic of the forward pass; `auto` takes bf16 where the device computes in it."""
 
