@@ -173,6 +173,10 @@ class Distill(Training, Augment, Pass):
         tutors = self._tutors(model, context)
         digests = [state_digest(tutor.teacher.state_dict()) for tutor in tutors]
         said: dict[str, JsonValue] = {"teachers": [tutor.said for tutor in tutors]}
+        for tutor in tutors:
+            context.log.info(
+                "distill: taught by %s", ", ".join(f"{name} {value}" for name, value in tutor.said.items())
+            )
         answers = [live(tutor.teacher, [method for method, _ in tutor.methods]) for tutor in tutors]
         if self.cache is not None:
             targets, checked = filled(self, tutors[0].artifact, tutors[0].teacher, context)
