@@ -206,10 +206,17 @@ class _State:
         self.learner.train()
         if training.trainable == "head":
             _hold_all_but_head(model)
+        norms = [module for module in model.modules() if isinstance(module, _BatchNorm)]
         if training.freeze_norms:
-            for module in model.modules():
-                if isinstance(module, _BatchNorm):
-                    module.eval()
+            for norm in norms:
+                norm.eval()
+        elif training.trainable == "all" and (folded := sum(map(_is_folded, norms))):
+            context.log.warning(
+                "training: %d of %d batch norms are folded (mean 0, variance 1, yet a bias): normalising by what a batch"
+                " has makes another network of it; add --freeze-norms",
+                folded,
+                len(norms),
+            )
         try:
             optimizer = create_optimizer_v2(
                 self.learner, opt=training.optimizer, lr=training.lr, weight_decay=training.weight_decay
@@ -323,6 +330,15 @@ class _State:
         for name, value in self.model.state_dict().items():
             if not value.isfinite().all():
                 raise DivergedError(f"training: {name!r} is not finite after step {self.total}; {self._way_out()}")
+
+
+def _is_folded(norm: nn.Module) -> bool:
+    """Whether a trained norm's statistics were merged into its neighbours: a fresh one has no bias yet."""
+    state = norm.state_dict()
+    mean, variance, bias = (state.get(name) for name in ("running_mean", "running_var", "bias"))
+    if mean is None or variance is None or bias is None:
+        return False
+    return bool((mean == 0).all() and (variance == 1).all() and (bias != 0).any())
 
 
 def _hold_all_but_head(model: nn.Module) -> None:

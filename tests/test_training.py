@@ -350,3 +350,21 @@ def test_frozen_norms_keep_their_statistics_and_normalise_by_them(digits: Data) 
         assert all(torch.equal(before[name], after[name]) == freeze for name in statistics)
         weights = [name for name in before if name.endswith("bn1.weight")]
         assert not any(torch.equal(before[name], after[name]) for name in weights), "their values are trained"
+
+
+def test_folded_norms_that_would_be_normalised_by_a_batch_are_warned_of(
+    digits: Data, caplog: pytest.LogCaptureFixture
+) -> None:
+    def warned(*, folded: bool, **fields: Any) -> bool:
+        caplog.clear()
+        model = NETWORKS["batch-norm"].build(seed=1)
+        if folded:
+            model.get_parameter("bn1.bias").data.fill_(0.5)
+        context = context_of(digits, NETWORKS["batch-norm"])
+        training.train(model, label_loss, Training(epochs=1, precision="fp32", **fields), PLAIN, context)
+        return "1 of 52 batch norms are folded" in caplog.text
+
+    assert warned(folded=True)
+    assert not warned(folded=True, freeze_norms=True)
+    assert not warned(folded=True, trainable="head")
+    assert not warned(folded=False)
