@@ -212,8 +212,8 @@ class _State:
                 norm.eval()
         elif training.trainable == "all" and (folded := sum(map(_is_folded, norms))):
             context.log.warning(
-                "training: %d of %d batch norms are folded (mean 0, variance 1, yet a bias): normalising by batches makes"
-                " another network of it; add --freeze-norms",
+                "training: %d of %d batch norms are folded (mean 0, variance 1, yet a bias): normalising by batches"
+                " makes another network of it; add --freeze-norms",
                 folded,
                 len(norms),
             )
