@@ -1,7 +1,7 @@
 """Fine-tuning: every value is trained on labelled images, with cross-entropy against the (mixed, smoothed) labels.
 
 Repairs what a structural pass broke, and trains a new head or a fresh network when it comes first.
-Does not freeze layers and uses no teacher: see `distill` for that.
+Uses no teacher: see `distill` for that.
 """
 
 from __future__ import annotations

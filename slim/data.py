@@ -20,7 +20,7 @@ from slim.errors import DataError, did_you_mean
 from slim.images import FolderImages, Images, Split
 from slim.loaders import Augment, Batch
 from slim.pool import read_list
-from slim.sources import imagenet_names
+from slim.sources import imagenet_labels, imagenet_names
 
 __all__ = ["Augment", "Batch", "Data", "Split", "open_data"]
 
@@ -121,9 +121,7 @@ class Data:
         self.for_classes(num_classes)
         if not self._is_imagenet(num_classes):
             return self.classes
-        from timm.data import ImageNetInfo
-
-        return tuple(ImageNetInfo("imagenet-1k").label_descriptions())
+        return imagenet_labels()
 
     def eval_batches(
         self, split: str, preprocessing: Preprocessing, *, batch_size: int, workers: int = 0

@@ -129,7 +129,7 @@ class EvalSamples(Dataset[Sample]):
         try:
             image = self.split.images.open(name)
         except DECODE_ERRORS as error:
-            return None, None, index, {name: _reason(error)}
+            return None, None, index, {name: reason(error)}
         return self.transform(image), torch.tensor(self.split.labels[index]), index, {}
 
 
@@ -170,7 +170,7 @@ class TrainSamples(Dataset[Sample]):
             try:
                 image = self.split.images.open(name)
             except DECODE_ERRORS as error:
-                unreadable[name] = _reason(error)
+                unreadable[name] = reason(error)
                 continue
             with seeded(*self.key, index):
                 return self.transform(image), self.split.labels[position % len(self.split)]
@@ -284,7 +284,8 @@ def _count_unreadable(split: Split, found: Mapping[str, str]) -> None:
         )
 
 
-def _reason(error: Exception) -> str:
+def reason(error: Exception) -> str:
+    """Why an image cannot be read, on one line."""
     return " ".join(f"{type(error).__name__}: {error}".split())
 
 

@@ -42,6 +42,14 @@ def imagenet_names() -> tuple[str, ...]:
     return tuple(ImageNetInfo("imagenet-1k").label_names())
 
 
+@cache
+def imagenet_labels() -> tuple[str, ...]:
+    """Descriptions of the 1000 ImageNet classes, in output order."""
+    from timm.data import ImageNetInfo
+
+    return tuple(ImageNetInfo("imagenet-1k").label_descriptions())
+
+
 def parse_split(spec: str) -> dict[str, float]:
     """`train=0.9,val=0.1` as shares by name. Raises DataError for a wrong name, share or sum."""
     shares: dict[str, float] = {}

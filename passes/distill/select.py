@@ -91,7 +91,7 @@ class Hashed(loaders.EvalSamples):
         try:
             image = self.split.images.open(name)
         except loaders.DECODE_ERRORS as error:
-            return None, None, index, {name: " ".join(f"{type(error).__name__}: {error}".split())}
+            return None, None, index, {name: loaders.reason(error)}
         return self.transform(image), hashes(image), index, {}
 
 

@@ -22,7 +22,7 @@ from slim.errors import PassError, SlimError
 from slim.passes.distill import taps
 from slim.passes.distill.method import Outputs
 from slim.pretrained import is_folder, start
-from slim.sources import imagenet_names
+from slim.sources import imagenet_labels, imagenet_names
 
 OWN = ("stage", "dense")
 """Teachers that are the network itself, before its stage and before any compression."""
@@ -78,7 +78,7 @@ def classes_of(teacher: Artifact, labels: Sequence[str] | None, num_classes: int
     if teacher.backbone.num_classes == num_classes and (labels is None or theirs is None):
         return None
     names = imagenet_names()
-    imagenet = teacher.backbone.num_classes == len(names) and theirs in (None, _imagenet_labels())
+    imagenet = teacher.backbone.num_classes == len(names) and theirs in (None, imagenet_labels())
     if labels is not None and imagenet and set(labels) <= set(names):
         return tuple(names.index(name) for name in labels)
     unknown = next((name for name in labels or () if name not in (theirs or ())), None)
@@ -157,13 +157,6 @@ class Teacher(nn.Module):
         logits = self(images).logits
         assert isinstance(logits, Tensor)
         return logits
-
-
-def _imagenet_labels() -> tuple[str, ...]:
-    """What an artifact has for labels where its outputs are ImageNet's; see `Data.labels`."""
-    from timm.data import ImageNetInfo
-
-    return tuple(ImageNetInfo("imagenet-1k").label_descriptions())
 
 
 def _renormalisation(student: Preprocessing, teacher: Preprocessing) -> tuple[Tensor, Tensor]:
