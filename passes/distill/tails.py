@@ -8,6 +8,7 @@ EVA: last blocks and closing norm, with the teacher's own prefix tokens in front
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import Any, ClassVar
 
 import torch
@@ -24,7 +25,7 @@ from slim.passes.distill.taps import TOLERANCE, Shape, difference, outputs, prob
 from slim.surgery import in_eval
 
 
-class Tail:
+class Tail(ABC):
     """The last stage of one teacher. Not a Module: whoever holds it must not come to own the teacher's values."""
 
     stage: ClassVar[str] = "layers"
@@ -61,13 +62,13 @@ class Tail:
         """(B, H'*W', C') float32 patch tokens of what the teacher's `forward_features` gave."""
         return self.patches(final).float()
 
+    @abstractmethod
     def run(self, tokens: Tensor, prefix: Tensor | None) -> Tensor:
         """Tokens in the teacher's dtype through its modules."""
-        raise NotImplementedError
 
+    @abstractmethod
     def patches(self, final: Tensor) -> Tensor:
         """Final features as patch tokens."""
-        raise NotImplementedError
 
 
 class SwinTail(Tail):
