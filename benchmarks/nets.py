@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from timm.models.resnet import BasicBlock, ResNet
 from timm.models.swin_transformer import SwinTransformer
+from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 
@@ -46,5 +47,29 @@ def swin_small(num_classes: int, width: int = 64, depths: tuple[int, ...] = (1, 
         nn.BatchNorm2d(width),
         nn.GELU(),
         nn.Conv2d(width, width, 1),
+    )
+    return model
+
+
+def vit_small(num_classes: int, width: int = 128, depth: int = 4) -> nn.Module:
+    """ViT on 8x8 tokens, averaged, without a class token: 0.86 M parameters, 62 M MACs; patches as in `swin_small`."""
+    model = VisionTransformer(
+        img_size=32,
+        patch_size=4,
+        embed_dim=width,
+        depth=depth,
+        num_heads=width // 32,
+        num_classes=num_classes,
+        class_token=False,
+        global_pool="avg",
+    )
+    model.patch_embed.proj = nn.Sequential(
+        nn.Conv2d(3, width // 4, 3, stride=2, padding=1, bias=False),
+        nn.BatchNorm2d(width // 4),
+        nn.GELU(),
+        nn.Conv2d(width // 4, width // 2, 3, padding=1, bias=False),
+        nn.BatchNorm2d(width // 2),
+        nn.GELU(),
+        nn.Conv2d(width // 2, width, 2, stride=2),
     )
     return model
