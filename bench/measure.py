@@ -7,13 +7,14 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 
 from slim.artifact import Artifact, Preprocessing
 from slim.bench import accuracy, latency
+from slim.bench.table import key, layer_table
 from slim.contract import Progress, no_progress
 from slim.data import Data
 from slim.errors import DataError
@@ -99,6 +100,13 @@ class TargetMeter:
                 ours.path, theirs.path, self.on, seed=self.seed, limit=limit, progress=self.progress
             ),
         )
+
+    def table(self, modules: Sequence[tuple[nn.Module, tuple[int, ...]]]) -> list[Measurement]:
+        """Time in ms of each module alone, with inputs of the given shape (without batch); see slim/bench/table.py."""
+        fresh = {key(entry): entry for entry in modules if ("layer", *key(entry)) not in self._answers}
+        found = layer_table([*fresh.values()], self.on, self.folder, seed=self.seed, progress=self.progress)
+        self._answers.update({("layer", *name): one for name, one in zip(fresh, found, strict=True)})
+        return [cast(Measurement, self._answers["layer", *key(entry)]) for entry in modules]
 
     def accuracy(self, model: Artifact | nn.Module) -> Measurement:
         """Top-1 in percent on the validation split.

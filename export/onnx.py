@@ -95,14 +95,14 @@ def export_onnx(
             f"{MAX_BYTES / 1e9:.3g} GB; compress the network first or take a smaller backbone"
         )
     try:
-        with in_eval(model), _quiet():
-            proto = _trace(model, preprocessing.size, batch_range)
+        with in_eval(model), quiet():
+            proto = trace(model, preprocessing.size, batch_range)
             scopes = {node.name: _scope(node) for node in proto.graph.node}
             _strip(proto)
             onnx.checker.check_model(proto, full_check=True)
     except Exception as error:  # the exporter raises what any operator in the network raises
         raise SlimError(
-            f"export: {name} cannot be written as ONNX: {_reason(error)}; torch.export must be able to trace `forward`"
+            f"export: {name} cannot be written as ONNX: {reason(error)}; torch.export must be able to trace `forward`"
         ) from error
     inputs, outputs = _ports(proto.graph.input), _ports(proto.graph.output)
     _check(name, proto, inputs, outputs)
@@ -131,7 +131,8 @@ def read_ports(path: Path) -> tuple[tuple[Port, ...], tuple[Port, ...]]:
     return _ports(graph.input), _ports(graph.output)
 
 
-def _trace(model: nn.Module, size: tuple[int, int, int], batch_range: tuple[int, int]) -> onnx.ModelProto:
+def trace(model: nn.Module, size: tuple[int, ...], batch_range: tuple[int, int]) -> onnx.ModelProto:
+    """The graph of `model` for inputs (batch, *size), optimised; with the exporter's notes still in it."""
     device = next((value.device for value in model.parameters()), torch.device("cpu"))
     batch = torch.export.Dim("batch", min=batch_range[0], max=batch_range[1])
     # Without a file name the graph stays in memory, with its values: nothing is written before it was checked.
@@ -168,7 +169,7 @@ def _check(name: str, proto: onnx.ModelProto, inputs: tuple[Port, ...], outputs:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Nothing printed, logged or warned: what matters of it is the reason in the error."""
     loggers = [logging.getLogger(name) for name in NOISY]
     levels = [logger.level for logger in loggers]
@@ -185,7 +186,7 @@ def _quiet() -> Iterator[None]:
             logger.setLevel(level)
 
 
-def _reason(error: BaseException) -> str:
+def reason(error: BaseException) -> str:
     """Type and first line of the innermost cause; the exporter wraps it in pages of advice."""
     while error.__cause__ is not None:
         error = error.__cause__

@@ -14,6 +14,11 @@ PASSES: dict[str, tuple[str, str, str]] = {
     "distill": ("slim.passes.distill", "Distill", "Learn from a teacher, without labels."),
     "finetune": ("slim.passes.finetune", "Finetune", "Train every value on labelled images."),
     "low-rank": ("slim.passes.low_rank", "LowRank", "Factor Linear layers and 1x1 convolutions by truncated SVD."),
+    "merge": (
+        "slim.passes.merge",
+        "Merge",
+        "Fold norms and scales into layers, and merge layers with nothing between.",
+    ),
 }
 """Word -> (module, class, one line of help). A literal, so that `slim --help` imports no pass."""
 

@@ -70,6 +70,12 @@ class Meter(Protocol):
         Measured longer while the interval holds `limit`.
         """
 
+    def table(self, modules: Sequence[tuple[nn.Module, tuple[int, ...]]]) -> list[Measurement]:
+        """Time in ms of each module alone at the target's batch size, with inputs of the given shape without batch.
+
+        In the order of `modules`; equal ones are measured once. Their values play no part.
+        """
+
     def accuracy(self, model: Artifact | nn.Module) -> Measurement:
         """Top-1 in percent on the validation split; `samples` holds 1.0 or 0.0 for every image, in split order."""
 
@@ -114,6 +120,9 @@ class Context:
     """Steps already applied to the network. Read only."""
     guard: bool = True
     """False when the run keeps every step whatever it cost; written into the history."""
+    memo: dict[str, Any] = field(default_factory=dict, repr=False)
+    """What `plan` found at some expense and `fit` needs again, such as singular vectors; each pass begins with an empty
+    one. Of several processes rank 0 alone plans, so only its memo is filled."""
 
     def train(
         self,
@@ -157,6 +166,11 @@ class Pass(BaseModel):
     @property
     def trains(self) -> bool:
         """Whether `fit` trains the classifier, which a freshly seeded one needs."""
+        return False
+
+    @property
+    def measures(self) -> bool:
+        """Whether `plan` times networks on the target, so that there has to be one."""
         return False
 
     @property
@@ -218,6 +232,7 @@ class Pass(BaseModel):
             backbone=artifact.backbone,
             reference=reference,
             dense=context.dense or reference,
+            memo={},
         )
         # Taken now, so that a pass that changes what it was given is found out afterwards.
         digests = {"input": artifact.digest, "reference": reference.digest, **self.sources(context)}

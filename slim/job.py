@@ -82,6 +82,9 @@ def prepare(recipe: Recipe, *, trust: bool = False) -> Job:
         else None
     )
     begin = start(recipe.model, data, seed=recipe.seed, trust=trust)
+    for position, step in enumerate(recipe.passes, 1):
+        if step.measures and target is None:
+            raise UsageError(f"step {position} {step.name!r} times networks while it plans; add --target, as ort:cpu")
     job = Job(recipe, begin, target, _device(recipe.device))
     pipeline, context = recipe.pipeline(), job.context()
     pipeline.check(begin.artifact, context, fresh_head=begin.fresh_head)

@@ -83,6 +83,9 @@ def step_key(step: Pass, given: Artifact, reference: Artifact, context: Context)
         key["batch"] = str(context.loading.batch_size)
         if "unlabeled" in step.reads:
             key["unlabeled"] = str(context.data.unlabeled_id)
+    if step.measures and context.meter is not None:  # what was planned holds for this machine
+        key["target"] = context.meter.target
+        key["device"] = environment.fingerprint()
     return key
 
 

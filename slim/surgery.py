@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import fuse_conv_bn_eval
+from torch.nn.utils import fuse_conv_bn_weights
 
 
 @contextmanager
@@ -45,7 +45,7 @@ def classifiers(model: nn.Module) -> frozenset[str]:
 
 
 def fold_batch_norms(model: nn.Module, images: Tensor) -> int:
-    """Merge every batch norm that only scales and shifts a convolution's output into that convolution.
+    """Merge every batch norm that only scales and shifts what a layer puts out into that layer.
 
     In eval mode, for good: the network can no longer be trained as it was. Which pairs there are is seen in one forward
     pass of `images` (B, C, H, W), and kept only if the outputs for them are the same afterwards.
@@ -53,53 +53,98 @@ def fold_batch_norms(model: nn.Module, images: Tensor) -> int:
     Returns:
         How many were merged; 0 where merging would change what the network computes.
     """
-    pairs = _norms_of_convolutions(model, images)
+    pairs = norms_of_layers(model, images)
     folded = copy.deepcopy(model)
     for network in (folded, model):
-        for convolution, norm in pairs.items():
-            first, second = cast(Any, network.get_submodule(convolution)), cast(Any, network.get_submodule(norm))
-            swap(network, convolution, fuse_conv_bn_eval(first, second))
-            # timm's norms may end in an activation.
-            rest = [part for part in (getattr(second, "drop", None), getattr(second, "act", None)) if part is not None]
-            swap(network, norm, nn.Sequential(*rest) if rest else nn.Identity())
-        if network is folded and not _same(model, folded, images):
-            return 0
+        for layer, norm in pairs.items():
+            fold_norm(network, layer, norm)
+        if network is folded:
+            with torch.no_grad():
+                if not close(folded(images), model(images)):
+                    return 0
     return len(pairs)
 
 
-def _norms_of_convolutions(model: nn.Module, images: Tensor) -> dict[str, str]:
-    """Convolution -> the batch norm that is called once, on what that convolution, called once, returned."""
-    made: dict[int, str] = {}
+def norms_of_layers(model: nn.Module, images: Tensor) -> dict[str, str]:
+    """Linear layer or convolution -> the batch norm that reads what it puts out; see `followers`."""
+    pairs = followers(model, images, (nn.Conv2d, nn.Linear), (nn.BatchNorm1d, nn.BatchNorm2d))
+
+    def fits(layer: Any, norm: Any) -> bool:
+        # Without running statistics it normalises by the batch in eval mode too.
+        return norm.running_mean is not None and norm.num_features == len(layer.weight)
+
+    return {layer: norm for layer, norm in pairs.items() if fits(model.get_submodule(layer), model.get_submodule(norm))}
+
+
+def fold_norm(model: nn.Module, layer: str, norm: str) -> None:
+    """Scale and shift what `layer` puts out as `norm` does in eval mode, and take the norm away."""
+    first, second = cast(Any, model.get_submodule(layer)), cast(Any, model.get_submodule(norm))
+    first.weight, first.bias = fuse_conv_bn_weights(
+        first.weight, first.bias, second.running_mean, second.running_var, second.eps, second.weight, second.bias
+    )
+    # timm's norms may end in an activation.
+    rest = [part for part in (getattr(second, "drop", None), getattr(second, "act", None)) if part is not None]
+    swap(model, norm, nn.Sequential(*rest) if rest else nn.Identity())
+
+
+def fold_scale(model: nn.Module, layer: str, scale: str) -> None:
+    """Multiply what `layer` puts out by the `gamma` of the module `scale`, which then is without it."""
+    first, second = cast(Any, model.get_submodule(layer)), cast(Any, model.get_submodule(scale))
+    gamma = second.gamma.detach().flatten()
+    first.weight = nn.Parameter(first.weight.detach() * gamma.view(-1, *[1] * (first.weight.ndim - 1)))
+    if first.bias is not None:
+        first.bias = nn.Parameter(first.bias.detach() * gamma)
+    if is_scale(second):
+        swap(model, scale, nn.Identity())
+    else:
+        second.gamma = None  # ConvNeXt's block leaves it out then
+
+
+def is_scale(module: nn.Module) -> bool:
+    """Whether the module is a layer scale and nothing else; timm has several classes of these names."""
+    return type(module).__name__ in ("LayerScale", "LayerScale2d")
+
+
+def followers(
+    model: nn.Module, images: Tensor, first: tuple[type[nn.Module], ...], second: tuple[type[nn.Module], ...]
+) -> dict[str, str]:
+    """Module of a type in `first` -> the one of a type in `second` that is called with what the former returned.
+
+    Seen in one forward pass of `images` (B, C, H, W) in eval mode. Both are called once, and nothing stands between but
+    what hands on the very tensor, as dropout does. Others may read that tensor too, which is not seen.
+    """
+    made: dict[int, tuple[str, int]] = {}
     pairs: dict[str, str] = {}
     calls: Counter[str] = Counter()
     kept: list[Tensor] = []  # so that no two outputs share an id
 
-    def watch(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
-        def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-            calls[name] += 1
+    def before(name: str, module: nn.Module, inputs: tuple[Any, ...]) -> None:
+        calls[name] += 1
+        # An activation in place hands on the very tensor as well, but changed.
+        if inputs and isinstance(module, second) and id(inputs[0]) in made:
+            maker, version = made[id(inputs[0])]
+            if inputs[0]._version == version:
+                pairs[maker] = name
+
+    def after(name: str, module: nn.Module, output: Any) -> None:
+        if isinstance(module, first):
             kept.append(output)
-            if isinstance(module, nn.Conv2d):
-                made[id(output)] = name
-            elif id(inputs[0]) in made:
-                pairs[made[id(inputs[0])]] = name
+            made[id(output)] = name, output._version
 
-        return hook
-
-    hooks = [
-        module.register_forward_hook(watch(name))
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Conv2d | nn.BatchNorm2d)
-    ]
+    hooks = []
+    for name, module in model.named_modules():
+        if isinstance(module, first + second):
+            hooks.append(module.register_forward_pre_hook(lambda m, i, name=name: before(name, m, i)))
+            hooks.append(module.register_forward_hook(lambda m, _, o, name=name: after(name, m, o)))
     try:
-        with torch.no_grad():
+        with in_eval(model):
             model(images)
     finally:
         for hook in hooks:
             hook.remove()
-    return {conv: norm for conv, norm in pairs.items() if calls[conv] == calls[norm] == 1}
+    return {maker: name for maker, name in pairs.items() if calls[maker] == calls[name] == 1}
 
 
-def _same(model: nn.Module, other: nn.Module, images: Tensor) -> bool:
-    with torch.no_grad():
-        expected, found = model(images), other(images)
-    return bool((found - expected).abs().max() <= 1e-4 * expected.abs().max())  # order of additions
+def close(found: Tensor, expected: Tensor) -> bool:
+    """Whether two outputs differ by the order of additions at most: 1e-4 of the largest value."""
+    return bool((found - expected).abs().max() <= 1e-4 * expected.abs().max())

@@ -27,7 +27,8 @@ from slim.errors import DivergedError, PassError, StoreError
 Objective = Callable[[nn.Module, Batch], Mapping[str, Tensor]]
 """`objective(model, batch)` -> named losses, scalars, each the mean over B; their sum is what is trained on. Where it
 is a module, its parameters are trained along with the network's, and left behind. Where it has `leaves_unused` and that
-is true, processes do not wait for gradients of every value."""
+is true, processes do not wait for gradients of every value. Where it has `after_step`, that is called with the share of
+steps done, in (0, 1], once the optimiser has moved the values: the place for proximal steps."""
 
 TOTAL = "total"
 """Name under which the sum of the losses is kept."""
@@ -192,6 +193,7 @@ class _State:
         from timm.utils import ModelEmaV3
 
         self.model, self.training, self.total, self.batch, self.context = model, training, total, batch, context
+        self._after_step: Callable[[float], None] | None = getattr(objective, "after_step", None)
         distributed.join()
         unused = bool(getattr(objective, "leaves_unused", False))
         self.accelerator = Accelerator(
@@ -261,6 +263,8 @@ class _State:
             self.accelerator.clip_grad_norm_(self.wrapped.parameters(), self.training.clip)
         self.optimizer.step()
         self.step += 1
+        if self._after_step is not None:
+            self._after_step(self.step / self.total)
         if self.ema is not None:
             self.ema.update(self.model, step=self.step)
         for name, one in zip(losses, values, strict=True):

@@ -46,14 +46,27 @@ VALUES: dict[str, dict[str, Any]] = {
     },
     "finetune": TRAINING,
     "low-rank": {
+        "to": "0.7x-latency",
+        "select": "uniform",
         "energy": 0.8,
         "ratio": 0.5,
+        "objective": "activation",
+        "conv": "spatial",
+        "repair": "norms",
         "align": 16,
         "guard": 0.7,
         "min_width": 32,
         "skip": ("stages.0.*", "head"),
+        "memory_gb": 0.5,
+        "gate_epochs": 2,
+        "gate_lr": 1e-3,
     },
+    "merge": {"fold_norms": False, "fold_scales": False, "pairs": False},
 }
 """A value other than the default for every field of every pass."""
-ALONG = {("distill", "cache"): {"method": ("kd",)}, ("distill", "trainable"): {"method": ("kd",)}}
+ALONG = {
+    ("distill", "cache"): {"method": ("kd",)},
+    ("distill", "trainable"): {"method": ("kd",)},
+    ("low-rank", "select"): {"to": "0.5x-params"},
+}
 """What a value needs beside it to make sense."""

@@ -14,12 +14,12 @@ from slim import costs, surgery
 from slim.artifact import Artifact, Backbone, Preprocessing, Step, state_digest
 from slim.errors import BackboneError
 from slim.passes.low_rank import LowRank
-from tests.contract.zoo import CLASSES, SIZE, WIDE, artifact, backbone
+from tests.contract.zoo import BLIND, CLASSES, SIZE, WIDE, artifact, backbone
 
 
 @pytest.fixture(scope="module")
 def made() -> Artifact:
-    return LowRank(ratio=0.5, align=2, min_width=WIDE)(artifact("vit"))
+    return LowRank(ratio=0.5, align=2, min_width=WIDE, **BLIND)(artifact("vit"))
 
 
 def test_the_same_seed_builds_the_same_network_and_leaves_the_generator_alone() -> None:

@@ -20,14 +20,16 @@ from slim import store
 from slim.artifact import Artifact, Backbone, Preprocessing
 from slim.errors import BackboneError, StoreError
 from slim.passes.low_rank import LowRank
-from tests.contract.zoo import CLASSES, SIZE, WIDE, artifact, backbone
+from tests.contract.zoo import BLIND, CLASSES, SIZE, WIDE, artifact, backbone
 
 Edit = Callable[[dict[str, Any]], Any]
 
 
 @pytest.fixture(scope="module")
 def made() -> Artifact:
-    return replace(LowRank(ratio=0.5, align=2, min_width=WIDE)(artifact("convnext")), labels=tuple("abcdefghij"))
+    return replace(
+        LowRank(ratio=0.5, align=2, min_width=WIDE, **BLIND)(artifact("convnext")), labels=tuple("abcdefghij")
+    )
 
 
 @pytest.fixture

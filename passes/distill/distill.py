@@ -8,7 +8,7 @@ would be without. Does not touch the teacher, and reads no label unless `label_w
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal, cast
@@ -23,10 +23,11 @@ from slim.data import Augment
 from slim.errors import PassError
 from slim.passes.distill import methods
 from slim.passes.distill.cache import filled, opened
-from slim.passes.distill.hidden import Hidden
+from slim.passes.distill.hidden import Hidden, every_path
 from slim.passes.distill.method import Method
 from slim.passes.distill.methods import Pair
 from slim.passes.distill.objective import Distillation, Lesson, cached, live
+from slim.passes.distill.perturbation import Perturbation
 from slim.passes.distill.presets import PRESETS, Preset
 from slim.passes.distill.targets import USUAL_K, bytes_needed, index_in
 from slim.passes.distill.teacher import OWN, Teacher, classes_of, find
@@ -184,7 +185,11 @@ class Distill(Training, Augment, Pass):
             said["cache"] = {**checked}
         lessons = [Lesson(answer, tutor.methods) for answer, tutor in zip(answers, tutors, strict=True)]
         objective = Distillation(lessons, label_weight=self.label_weight)
-        with _two_heads(model) if "token_logits" in objective.needs else nullcontext():
+        with ExitStack() as held:
+            if "token_logits" in objective.needs:
+                held.enter_context(_two_heads(model))
+            if any(isinstance(method, Hidden) and method.student_maps for method in objective.methods):
+                held.enter_context(every_path(model))
             figures = context.train(model, objective, self, self, self.splits)
         if [state_digest(tutor.teacher.state_dict()) for tutor in tutors] != digests:
             raise PassError("distill: the teacher changed while it taught, which it must not; report this")
@@ -222,7 +227,7 @@ class Distill(Training, Augment, Pass):
                 device=context.device,
                 precision=resolve_precision(self.precision, context.device),
             )
-            pair = Pair(model, backbone.input.size, teacher.model, artifact.backbone.input.size)
+            pair = Pair(model, backbone.input.size, teacher.model, artifact.backbone.input.size, artifact.state)
             tutors.append(Tutor(artifact, teacher, methods.build(self, pair, seed=context.seed, dry=dry)))
         return tutors
 
@@ -237,13 +242,14 @@ class Tutor:
 
     @property
     def said(self) -> dict[str, JsonValue]:
-        """For the record: who it is, and which of its hidden states are compared."""
-        name = f"{self.artifact.backbone.name} {self.artifact.digest[:12]}"
-        hidden = [method for method, _ in self.methods if isinstance(method, Hidden)]
-        if not hidden:
-            return {"network": name}
-        compared: list[JsonValue] = [*hidden[0].student_maps]
-        return {"network": name, "hidden": compared, "not_compared": [*hidden[0].unequal]}
+        """For the record: who it is, which of its hidden states are compared, and how many of its weights."""
+        named: dict[str, JsonValue] = {"network": f"{self.artifact.backbone.name} {self.artifact.digest[:12]}"}
+        for method, _ in self.methods:
+            if isinstance(method, Hidden):
+                named |= {"hidden": [*method.student_maps], "not_compared": [*method.unequal]}
+            elif isinstance(method, Perturbation) and method.pairs:
+                named["pairs"] = len(method.pairs)
+        return named
 
 
 @contextmanager

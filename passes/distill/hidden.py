@@ -7,6 +7,8 @@ whose shape a pass has changed are left out, and listed.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import zip_longest
 from typing import ClassVar
 
@@ -71,6 +73,21 @@ def relative_distance(student: Tensor, teacher: Tensor) -> Tensor:
     ours, theirs = student.float().flatten(1), teacher.detach().float().flatten(1)
     # A dead map has no energy to compare with.
     return ((ours - theirs).square().sum(1) / theirs.square().sum(1).clamp(min=1e-6)).mean()
+
+
+@contextmanager
+def every_path(model: nn.Module) -> Iterator[None]:
+    """Drop path is off: the teacher never misses a block, so that maps of a student that does differ by chance."""
+    from timm.layers import DropPath
+
+    rates = {module: module.drop_prob for module in model.modules() if isinstance(module, DropPath)}
+    for module in rates:
+        module.drop_prob = 0.0
+    try:
+        yield
+    finally:
+        for module, rate in rates.items():
+            module.drop_prob = rate
 
 
 def shape_text(shape: tuple[int, int, int] | None) -> str:

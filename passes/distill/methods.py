@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from slim.errors import PassError, did_you_mean
 from slim.passes.distill import taps
 from slim.passes.distill.embedding import EmbeddingTarget
 from slim.passes.distill.hidden import Hidden
 from slim.passes.distill.method import Method
+from slim.passes.distill.perturbation import Perturbation
 from slim.passes.distill.scalekd import ScaleKD
 from slim.passes.distill.soft_targets import Decoupled, Relational, SoftTargets, Token
 from slim.surgery import in_eval
@@ -33,17 +34,19 @@ WEIGHTS: dict[str, float] = {
     "token": 1.0,
     "token-soft": 1.0,
     "hidden": 1.0,
+    "perturb": 1.0,
+    "perturb-max": 1.0,
     "cosine": 1.0,
     "infonce": 1.0,
     "scalekd": 1.0,
 }
 """Method -> its weight where none is given."""
-BEYOND_LOGITS = frozenset({"hidden", "cosine", "infonce", "scalekd"})
-"""Methods that read features, and leave the classifier alone."""
+BEYOND_LOGITS = frozenset({"hidden", "perturb", "perturb-max", "cosine", "infonce", "scalekd"})
+"""Methods that read features or weights, and leave the classifier alone."""
 TOKENS = frozenset({"token", "token-soft"})
 """Methods that train the classifier of a distillation token, and not the one beside it."""
 RECOVER = "recover"
-"""Stands for kd and hidden, which then may find no map to compare."""
+"""Stands for kd, hidden and perturb; the latter two then may find no map and no pair to compare."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +57,8 @@ class Pair:
     student_size: tuple[int, int, int]
     teacher: nn.Module
     teacher_size: tuple[int, int, int]
+    weights: Mapping[str, Tensor]
+    """The teacher's values by name as they were saved; `teacher` may have merged its batch norms, and be in bf16."""
 
 
 def parse(given: Sequence[str]) -> list[tuple[str, float]]:
@@ -95,6 +100,7 @@ def build(options: Distill, pair: Pair, *, seed: int, dry: bool = False) -> list
                 made += [
                     (_make("kd", options, pair, seed, dry), weight),
                     (Hidden.place(*_ends(pair), may_be_none=True), weight),
+                    (Perturbation.place(pair.student, pair.weights, may_be_none=True), weight),
                 ]
             else:
                 made.append((_make(name, options, pair, seed, dry), weight))
@@ -125,6 +131,9 @@ def _make(name: str, options: Distill, pair: Pair, seed: int, dry: bool) -> Meth
             return Token(hard=name == "token", temperature=temperature)
         case "hidden":
             return Hidden.place(*_ends(pair))
+        case "perturb" | "perturb-max":
+            # Before any work starts there may be no pair yet: low-rank, earlier in the chain, makes them.
+            return Perturbation.place(pair.student, pair.weights, name, may_be_none=dry)
         case "cosine" | "infonce":
             ours, theirs = (_width(pair.student, pair.student_size), _width(pair.teacher, pair.teacher_size))
             return EmbeddingTarget(ours, theirs, kind=name)

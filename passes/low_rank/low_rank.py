@@ -1,226 +1,308 @@
-"""Low-rank factorization of Linear layers and 1x1 convolutions: W (o, i) becomes A (o, r) @ B (r, i).
+"""Low-rank approximation: Linear layers and convolutions become two thinner ones, by an SVD weighed by their inputs.
 
-Truncated SVD with the singular values split evenly between both factors (Denton et al. 2014, arXiv:1404.0736; ranks as
-in PELA, Guo et al. 2024, arXiv:2310.10700). The discarded loss is the tail of the spectrum, so ranks need no data.
-Does not touch k x k, grouped or depthwise convolutions, nor the classifier. Layers whose rank would not pay stay dense.
+Ranks in proportion as in PELA (Guo et al. 2024, arXiv:2310.10700), or chosen for a budget of parameters, operations or
+milliseconds measured on the target. Weighed by the inputs' second moment as in DRONE (Chen et al. 2021) and SVD-LLM
+(arXiv:2403.07378). What is lost is repaired in closed form; it trains nothing, unless ranks are to be learned by gates,
+and `distill` behind it learns the rest. Does not touch depthwise convolutions, nor the classifier.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from fnmatch import fnmatch
-from typing import Any, ClassVar, Self, TypeGuard, cast
+import copy
+from collections.abc import Iterator, Sequence
+from typing import Any, ClassVar, Literal, Self, cast
 
-import torch
-from pydantic import Field, JsonValue, model_validator
+from pydantic import Field, JsonValue, field_validator, model_validator
 from torch import Tensor, nn
 
 from slim import surgery
 from slim.artifact import Step
 from slim.contract import Context, Pass, Plan, Role
+from slim.distributed import is_main
 from slim.errors import PassError
+from slim.goal import parse_goal
+from slim.passes import calibrate, repair
+from slim.passes.calibrate import Moments
+from slim.passes.low_rank import factors, gates, schemes
+from slim.passes.low_rank.candidates import Candidate, candidates
+from slim.passes.low_rank.factors import Objective
+from slim.passes.low_rank.reach import Ladder, Pick, Select, cost_of, reach
+from slim.passes.low_rank.schemes import Layer, Scheme
+from slim.passes.low_rank.ways import Way, ways_of
+from slim.training import Training
 
-Layer = nn.Linear | nn.Conv2d
-"""What holds a matrix: a Linear layer, or a 1x1 convolution."""
+EVAL_BATCH = 32
+"""Images of one call while statistics are taken; it changes none."""
 
 
 class LowRank(Pass):
-    """Factor layers by truncated SVD."""
+    """Factor layers by an SVD weighed by their inputs."""
 
     name: ClassVar[str] = "low-rank"
+    version: ClassVar[int] = 2
     role: ClassVar[Role] = "structure"
     needs: ClassVar[frozenset[str]] = frozenset({"float"})
     drops: ClassVar[frozenset[str]] = frozenset({"dense"})
     shrinks: ClassVar[frozenset[str]] = frozenset({"params", "macs"})
 
+    to: str | None = None
+    """Budget, as a share kept or absolutely: `0.7x-latency`, `3.1ms`, `0.5x-params`, `300M-macs`, `0.5x-size`."""
+    select: Select | None = None
+    """How ranks share the budget; none is `knapsack` for milliseconds, `greedy` for what is counted."""
     energy: float = Field(default=0.9, gt=0, le=1)
-    """Share of the squared singular values each layer keeps, in (0, 1]."""
+    """Without `to`: share of its energy each layer keeps, in (0, 1]."""
     ratio: float | None = Field(default=None, gt=0, lt=1)
-    """Share of its parameters each factored layer keeps, in (0, 1); given, ranks follow it and not `energy`."""
+    """Without `to`: share of its parameters each factored layer keeps, in (0, 1), instead of `energy`."""
+    objective: Objective = "whitened"
+    """What the factors keep best: the layer's output for the calibration images (`whitened`), the weight scaled by each
+    input's size (`activation`), or the weight (`plain`; without `repair` that needs no data)."""
+    conv: Literal["best", "channel", "spatial", "none"] = "best"
+    """How k x k convolutions become two: k x k then 1 x 1, k x 1 then 1 x k, whichever loses less, or not at all."""
+    repair: Literal["both", "outputs", "norms", "none"] = "both"
+    """Closed-form repair on the calibration images: factored layers' outputs by least squares, norms' statistics."""
     align: int = Field(default=8, ge=1)
     """Ranks are rounded down to a multiple of this, the tile of the runtime's matrix kernels."""
     guard: float = Field(default=0.9, gt=0, le=1)
-    """A layer stays dense when its rank exceeds this share of the break-even rank i*o/(i+o), in (0, 1]."""
+    """A layer stays dense when its rank exceeds this share of the break-even rank, in (0, 1]."""
     min_width: int = Field(default=64, ge=1)
     """A layer with fewer inputs or outputs than this stays dense."""
     skip: tuple[str, ...] = ()
     """Layers left dense, as patterns of dotted names: `stages.0.*`."""
+    memory_gb: float = Field(default=2.0, gt=0)
+    """Memory for second moments of inputs, GB; beyond it those of k x k convolutions are simplified, largest first."""
+    gate_epochs: int = Field(default=4, ge=1)
+    """With `select=gated`: passes over the calibration images."""
+    gate_lr: float = Field(default=5e-4, gt=0)
+    """With `select=gated`: learning rate of the gates."""
+
+    @field_validator("to")
+    @classmethod
+    def _a_goal(cls, value: str | None) -> str | None:
+        return value if value is None else str(parse_goal(value))
 
     @model_validator(mode="after")
     def _one_rule(self) -> Self:
-        if self.ratio is not None and self.energy != type(self).model_fields["energy"].default:
-            raise ValueError(f"energy={self.energy} and ratio={self.ratio} both choose the ranks; give one of them")
+        energy = None if self.energy == type(self).model_fields["energy"].default else self.energy
+        rules = {"to": self.to, "energy": energy, "ratio": self.ratio}
+        given = [f"{name}={value}" for name, value in rules.items() if value is not None]
+        if len(given) > 1:
+            raise ValueError(f"{given[0]} and {given[1]} both choose the ranks; give one of them")
+        if self.to is None and self.select is not None:
+            raise ValueError(f"select={self.select} shares a budget, and there is none; give --to, as 0.7x-latency")
         return self
 
+    @property
+    def reads(self) -> frozenset[str]:
+        """Calibration images, unless nothing looks at what the layers are fed."""
+        blind = self.objective == "plain" and self.repair == "none" and self.select != "gated"
+        return frozenset() if blind else frozenset({"calib"})
+
+    @property
+    def measures(self) -> bool:
+        """Whether the budget is one of the exported file."""
+        return self.to is not None and parse_goal(self.to).metric in ("latency", "size")
+
     def plan(self, model: nn.Module, context: Context) -> Plan:
-        """Rank of every layer that pays, and for every other layer why it stays dense."""
+        """Scheme and rank of every layer that pays, and for every other layer why it stays dense."""
+        assert context.backbone is not None  # Pass.__call__ set it
+        done = frozenset(name for step in context.history if step.name == self.name for name in _factored_by(step))
+        found, dense = candidates(
+            model, context.backbone.input.size, min_width=self.min_width, skip=self.skip, factored=done
+        )
+        ladders, without = self._ladders(model, found, context)
+        dense |= without
+        figures: dict[str, JsonValue] = {}
+        picks: Sequence[Pick | str | None] = [self._pick(ladder) for ladder in ladders] if self.to is None else []
+        if self.to is not None and ladders:
+            picks, figures = self._reach(model, ladders, context)
         layers: dict[str, JsonValue] = {}
-        dense: dict[str, JsonValue] = {}
-        heads, called = surgery.classifiers(model), _called(model, context)
-        done = {name for step in context.history if step.name == self.name for name in _factored_by(step)}
-        candidates = [(name, module) for name, module in model.named_modules() if _is_matrix(module)]
-        for pattern in self.skip:
-            if candidates and not any(fnmatch(name, pattern) for name, _ in candidates):
-                raise PassError(f"low-rank: skip {pattern!r} matches no layer; names are such as {candidates[0][0]!r}")
-        with context.progress("low-rank: spectra", len(candidates)) as advance:
-            for name, module in candidates:
-                advance(1, name)
-                chosen = self._left_dense(name, module, heads, called, done) or self._choose(name, module)
-                (dense if isinstance(chosen, str) else layers)[name] = chosen
+        for ladder, pick in zip(ladders, picks, strict=True):
+            name = ladder[0].candidate.name
+            if isinstance(pick, Pick):
+                layers[name] = _entry(pick)
+            else:
+                dense[name] = pick or "the budget is better spent on it than saved"
         if not layers:
-            rule = f"ratio {self.ratio}" if self.ratio is not None else f"energy {self.energy}"
-            reasons = sorted({str(reason) for reason in dense.values()}) or ["no Linear layer or 1x1 convolution"]
+            rule = f"to {self.to}" if self.to else f"ratio {self.ratio}" if self.ratio else f"energy {self.energy}"
+            reasons = sorted(set(dense.values())) or ["no Linear layer or convolution"]
             raise PassError(f"low-rank: {rule} leaves every layer dense ({'; '.join(reasons)}); lower it or min_width")
-        return {"layers": layers, "dense": dense}
+        context.memo["picks"] = [pick for pick in picks if isinstance(pick, Pick)]
+        whole: Plan = {"layers": layers, "dense": cast(JsonValue, dense)}
+        return {**whole, "budget": figures} if figures else whole
 
     def rewrite(self, model: nn.Module, plan: Plan) -> nn.Module:
         """Two layers of the planned rank in place of each planned one; their values are left unset."""
         layers: Any = plan["layers"]
         for name, chosen in layers.items():
-            surgery.swap(model, name, factored(cast(Layer, model.get_submodule(name)), chosen["rank"]))
+            layer = cast(Layer, model.get_submodule(name))
+            surgery.swap(model, name, schemes.factored(layer, chosen["scheme"], chosen["rank"]))
         return model
 
-    def fit(self, model: nn.Module, teacher: nn.Module, context: Context) -> None:
-        """Fill both factors from the teacher's weight."""
-        replaced = [
-            (name, layer)
-            for name, layer in teacher.named_modules()
-            if _is_matrix(layer) and isinstance(model.get_submodule(name), nn.Sequential)
-        ]
-        with context.progress("low-rank: factors", len(replaced)) as advance, torch.no_grad():
-            for name, layer in replaced:
-                advance(1, name)
-                fill(cast(nn.Sequential, model.get_submodule(name)), layer)
+    def fit(self, model: nn.Module, teacher: nn.Module, context: Context) -> dict[str, JsonValue] | None:
+        """Fill both factors, then repair. Rank 0's values go to every process."""
+        if not is_main():
+            return None
+        picks: list[Pick] = context.memo["picks"]
+        means: dict[str, Tensor] = context.memo["means"]
+        for pick in picks:
+            _fill(cast(nn.Sequential, model.get_submodule(pick.name)), pick, means.get(pick.name))
+        if self.repair == "none":
+            return None
+        return self._repair(model, teacher, [pick.name for pick in picks], context)
 
-    def _left_dense(
-        self, name: str, module: Layer, heads: frozenset[str], called: frozenset[str], done: set[str]
-    ) -> str | None:
-        outputs, inputs = matrix_shape(module)
-        if name in heads:
-            return "classifier"
-        if name.rpartition(".")[0] in done:
-            return "factored by a step before"
-        if any(fnmatch(name, pattern) for pattern in self.skip):
-            return "in skip"
-        if min(outputs, inputs) < self.min_width:
-            return f"narrower than min_width {self.min_width}"
-        if name not in called:
-            return "its weight is read directly, not called"
-        return None
+    @classmethod
+    def migrate(cls, version: int, config: dict[str, Any], plan: Plan) -> tuple[dict[str, Any], Plan] | None:
+        """Version 1 factored Linear layers and 1 x 1 convolutions by the plain SVD."""
+        if version != 1:
+            return None
+        layers: Any = plan["layers"]
+        channel = {name: {**chosen, "scheme": "channel"} for name, chosen in layers.items()}
+        return {**config, "objective": "plain", "conv": "none", "repair": "none"}, {**plan, "layers": channel}
 
-    def _choose(self, name: str, layer: Layer) -> dict[str, JsonValue] | str:
-        """What is planned for a layer, or why it stays dense."""
-        outputs, inputs = matrix_shape(layer)
-        if not layer.weight.isfinite().all():
-            raise PassError(f"low-rank: layer {name!r} holds values that are not finite; start from weights that are")
-        spectrum = torch.linalg.svdvals(as_matrix(layer.weight))
-        if not spectrum.any():
-            return "its weight is zero"
-        if self.ratio is None:
-            wanted = rank_for_energy(spectrum, self.energy)
-        else:
-            wanted = int(self.ratio * break_even(outputs, inputs))
-        rank = wanted // self.align * self.align
-        if rank == 0:
-            return f"rank below one tile of {self.align}"
-        most = break_even(outputs, inputs)
-        if rank > self.guard * most or rank >= most:
-            return "its rank would not pay"
-        kept = float((spectrum[:rank] ** 2).sum() / (spectrum**2).sum())
-        return {
-            "rank": rank,
-            "full": len(spectrum),
-            "break_even": round(break_even(outputs, inputs), 1),
-            "energy": round(kept, 6),
-        }
+    def _ladders(
+        self, model: nn.Module, found: Sequence[Candidate], context: Context
+    ) -> tuple[list[Ladder], dict[str, str]]:
+        """The ways of every candidate that has one that pays, and why the others have none."""
+        allowed = cast(tuple[Scheme, ...], {"best": ("channel", "spatial"), "none": ()}.get(self.conv, (self.conv,)))
+        wanted = [one for one in found if self.conv != "none" or len(schemes.schemes_of(one.layer)) == 1]
+        dense = {one.name: "conv is none" for one in found if one not in wanted}
+        moments = self._moments(model, wanted, context)
+        means: dict[str, Tensor] = {}
+        ladders: list[Ladder] = []
+        with context.progress("low-rank: spectra", len(wanted)) as advance:
+            for candidate in wanted:
+                advance(1, candidate.name)
+                seen = moments.pop(candidate.name, None)  # hundreds of MB for one wide convolution
+                ways = ways_of(candidate, self.objective, seen, allowed)
+                paying = [way for way in ways if way.ranks(self.align, self.guard)]
+                if not paying:
+                    dense[candidate.name] = f"no multiple of {self.align} pays"
+                    continue
+                ladders.append(paying)
+                if seen is not None and candidate.layer.bias is not None:
+                    means[candidate.name] = seen.expanded(candidate.layer.weight[0, 0].numel()).mean
+        context.memo["means"] = means
+        return ladders, dense
+
+    def _moments(self, model: nn.Module, found: Sequence[Candidate], context: Context) -> dict[str, Moments]:
+        if self.objective == "plain" or not found:
+            return {}
+        return calibrate.collect(
+            model,
+            [one.name for one in found],
+            images=_count(context),
+            batches=_images(context, EVAL_BATCH),
+            memory_gb=self.memory_gb,
+            device=context.device,
+            progress=context.progress,
+        )
+
+    def _pick(self, ladder: Ladder) -> Pick | str:
+        """What `energy` or `ratio` asks of one layer, or why it stays dense."""
+        picks = [Pick(way, rank) for way in ladder if (rank := self._rank(way)) and way.pays(rank, self.guard)]
+        if picks:  # what loses least at `ratio`; what is smallest at `energy`
+            by_ratio, by_energy = (lambda p: p.way.losses[p.rank]), (lambda p: p.way.params(p.rank))
+            return min(picks, key=by_energy if self.ratio is None else by_ratio)
+        short = all(self._rank(way) == 0 for way in ladder)
+        return f"rank below one tile of {self.align}" if short else "its rank would not pay"
+
+    def _rank(self, way: Way) -> int:
+        if self.ratio is not None:
+            wanted = int(self.ratio * way.break_even)
+        else:  # the least rank that keeps the energy; rounding may leave the last loss a little over 0
+            wanted = int((way.losses > 1 - self.energy + 1e-12).sum())
+        return min(wanted, len(way.losses) - 1) // self.align * self.align
+
+    def _reach(
+        self, model: nn.Module, ladders: list[Ladder], context: Context
+    ) -> tuple[list[Pick | None], dict[str, JsonValue]]:
+        assert self.to is not None
+        goal = parse_goal(self.to)
+        rule: Select = self.select or ("knapsack" if goal.timed else "greedy")
+        trained: dict[str, JsonValue] = {}
+        if rule == "gated":
+            before = cost_of(goal, model, context)
+            share, by_params = goal.limit_of(before) / before, goal.metric in ("params", "size")
+            ways, trained = gates.close_gates(
+                model, ladders, share, self._gate_training, context, metric="params" if by_params else "macs"
+            )
+            ladders = [[way] for way in ways]
+
+        def build(picks: Sequence[Pick | None]) -> nn.Module:
+            chosen = [pick for pick in picks if pick is not None]
+            network = self.rewrite(copy.deepcopy(model), {"layers": {pick.name: _entry(pick) for pick in chosen}})
+            for pick in chosen:  # timed with the values it will have
+                _fill(cast(nn.Sequential, network.get_submodule(pick.name)), pick, None)
+            return network
+
+        reached = reach(goal, ladders, model, build, context, rule=rule, align=self.align, guard=self.guard)
+        return reached.picks, {**reached.figures, **({"gates": trained} if trained else {})}
+
+    @property
+    def _gate_training(self) -> Training:
+        return Training(
+            epochs=self.gate_epochs, lr=self.gate_lr, weight_decay=0.0, warmup=0.0, clip=0.0, freeze_norms=True
+        )
+
+    def _repair(
+        self, model: nn.Module, dense: nn.Module, names: Sequence[str], context: Context
+    ) -> dict[str, JsonValue]:
+        assert context.backbone is not None  # Pass.__call__ set it
+        most = repair.images_that_fit(model, context.backbone.input.size, self.memory_gb)
+        refit = {f"{name}.1": name for name in names} if self.repair in ("both", "outputs") else {}
+        return repair.repair(
+            model,
+            dense,
+            refit,
+            next(_images(context, min(most, _count(context)))),
+            norms=self.repair in ("both", "norms"),
+            batch_size=EVAL_BATCH,
+            progress=context.progress,
+        )
 
 
-def break_even(outputs: int, inputs: int) -> float:
-    """Rank at which two factors have as many parameters as one matrix."""
-    return outputs * inputs / (outputs + inputs)
+def _count(context: Context) -> int:
+    """Calibration images."""
+    if context.data is None or not context.data.has("calib"):
+        raise PassError(
+            "low-rank: there are no calibration images; give data with a training split, or objective plain and repair"
+            " none, which look at no image"
+        )
+    return len(context.data.split("calib"))
 
 
-def rank_for_energy(spectrum: Tensor, energy: float) -> int:
-    """Least rank whose squared singular values reach `energy` of their sum. spectrum: (n,) descending."""
-    share = torch.cumsum(spectrum**2, 0) / (spectrum**2).sum()
-    # Rounding can leave the last share a little under 1.
-    return min(int((share < energy).sum()) + 1, len(spectrum))
+def _images(context: Context, batch_size: int) -> Iterator[Tensor]:
+    """Calibration images (B, C, H, W), in order."""
+    assert context.data is not None  # _count saw to it
+    assert context.backbone is not None  # Pass.__call__ set it
+    batches = context.data.eval_batches("calib", context.backbone.input, batch_size=batch_size)
+    return (images for images, _ in batches)
 
 
-def balanced_factors(weight: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """A (o, rank) and B (rank, i) with A @ B the best rank-`rank` approximation of weight (o, i), in fp64.
-
-    Each factor takes the square root of the singular values: equal ranges suit a later int8 best. Nested: the factors
-    of a smaller rank are the first columns of A and rows of B.
-    """
-    left, spectrum, right = torch.linalg.svd(weight.double(), full_matrices=False)
-    root = spectrum[:rank].sqrt()
-    return left[:, :rank] * root, root[:, None] * right[:rank]
-
-
-def as_matrix(weight: Tensor) -> Tensor:
-    """(o, i) or (o, i, 1, 1) as (o, i) fp64, detached."""
-    return weight.detach().flatten(1).double()
+def _fill(pair: nn.Sequential, pick: Pick, mean: Tensor | None) -> None:
+    """Set both factors. With the mean of the inputs known, the bias makes up for what is lost on average."""
+    candidate, scheme = pick.way.candidate, pick.way.scheme
+    a, b = pick.way.factors.pair(pick.rank)
+    bias = candidate.layer.bias
+    if bias is not None and mean is not None:
+        change = schemes.matrices(candidate.layer, scheme) - a @ b
+        bias = factors.shifted_bias(bias.detach(), schemes.in_channel_layout(change, candidate.layer, scheme), mean)
+    schemes.fill(pair, a, b, bias)
 
 
-def matrix_shape(layer: Layer) -> tuple[int, int]:
-    """Outputs and inputs of a Linear layer or 1x1 convolution."""
-    return layer.weight.shape[0], layer.weight.shape[1]
-
-
-def factored(layer: Layer, rank: int) -> nn.Sequential:
-    """Two layers in place of one, values unset: B takes the inputs and the stride, A gives the outputs and the bias."""
-    outputs, inputs = matrix_shape(layer)
-    bias = layer.bias is not None
-    if isinstance(layer, nn.Linear):
-        return nn.Sequential(nn.Linear(inputs, rank, bias=False), nn.Linear(rank, outputs, bias=bias))
-    first = nn.Conv2d(inputs, rank, 1, stride=layer.stride, bias=False)  # type: ignore[arg-type]
-    return nn.Sequential(first, nn.Conv2d(rank, outputs, 1, bias=bias))
-
-
-def fill(pair: nn.Sequential, layer: Layer) -> None:
-    """Set the values of `factored(layer, rank)` from the layer's."""
-    first, second = cast(Layer, pair[0]), cast(Layer, pair[1])
-    a, b = balanced_factors(as_matrix(layer.weight), first.weight.shape[0])
-    first.weight.copy_(b.reshape(first.weight.shape))
-    second.weight.copy_(a.reshape(second.weight.shape))
-    if layer.bias is not None and second.bias is not None:
-        second.bias.copy_(layer.bias)
+def _entry(pick: Pick) -> dict[str, JsonValue]:
+    """What the plan says of one layer."""
+    timed: dict[str, JsonValue] = {"dense_ms": pick.dense_ms, "ms": pick.ms} if pick.ms is not None else {}
+    return {
+        "scheme": pick.way.scheme,
+        "rank": pick.rank,
+        "full": schemes.full_rank(pick.way.candidate.layer, pick.way.scheme),
+        "break_even": round(pick.way.break_even, 1),
+        "loss": round(float(pick.way.losses[pick.rank]), 6),
+        **timed,
+    }
 
 
 def _factored_by(step: Step) -> Iterator[str]:
     layers: Any = step.plan["layers"]
     yield from layers
-
-
-def _is_matrix(module: nn.Module) -> TypeGuard[Layer]:
-    if type(module) is nn.Linear:
-        return True
-    # Subclasses are left out: standardised or transformed weights are not what their convolution computes with.
-    # timm's Conv2dSame pads by stride and kernel, which is nothing for 1 x 1.
-    plain = type(module) is nn.Conv2d or type(module).__name__ == "Conv2dSame"
-    return (
-        plain
-        and isinstance(module, nn.Conv2d)
-        and module.kernel_size == (1, 1)
-        and module.groups == 1
-        and (module.padding in ((0, 0), "same", "valid"))
-    )
-
-
-def _called(model: nn.Module, context: Context) -> frozenset[str]:
-    """Layers that the forward pass calls: some timm attention reads `qkv.weight` itself, which a pair does not have."""
-    assert context.backbone is not None  # Pass.__call__ set it
-    seen: set[str] = set()
-    hooks = [
-        module.register_forward_hook(lambda _m, _i, _o, name=name: seen.add(name))
-        for name, module in model.named_modules()
-        if _is_matrix(module)
-    ]
-    try:
-        with torch.inference_mode():
-            model(torch.zeros(1, *context.backbone.input.size))
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return frozenset(seen)

@@ -13,6 +13,8 @@ SIZE = (3, 32, 32)
 CLASSES = 10
 WIDE = 16
 """What `min_width` has to be for low-rank to find layers in these networks."""
+BLIND: dict[str, Any] = {"objective": "plain", "repair": "none"}
+"""Low-rank that looks at no image."""
 
 ZOO: dict[str, tuple[str, dict[str, Any], str]] = {
     "resnet": ("resnet50", {"layers": [1, 1, 1, 1], "channels": [8, 16, 24, 32], "stem_width": 8}, "layer4.*"),

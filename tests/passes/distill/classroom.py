@@ -74,7 +74,7 @@ def taught(student: Artifact, *teachers: Artifact, **options: Any) -> tuple[nn.M
     for given in teachers:
         precision = "fp32" if wanted.precision == "auto" else wanted.precision
         teacher = Teacher(given, student.backbone.input, device=CPU, precision=precision)
-        pair = Pair(model, student.backbone.input.size, teacher.model, given.backbone.input.size)
+        pair = Pair(model, student.backbone.input.size, teacher.model, given.backbone.input.size, given.state)
         made = methods.build(wanted, pair, seed=0)
         lessons.append(Lesson(live(teacher, [method for method, _ in made]), made))
         found.append(teacher)
@@ -100,7 +100,7 @@ def written(data: Data, split: str, folder: Path, *, by_class: bool = False) -> 
     return folder
 
 
-FACTOR = LowRank(ratio=0.3, min_width=16, align=1)
+FACTOR = LowRank(ratio=0.3, objective="plain", repair="none", min_width=16, align=1)
 STILL: dict[str, Any] = {"optimizer": "sgd", "lr": 1e-12, "weight_decay": 0.0}
 """Training that changes nothing, so that its loss is that of the start."""
 

@@ -20,7 +20,18 @@ from slim.passes.distill.hidden import Hidden, relative_distance
 from slim.passes.distill.logits import hard, label_loss, soft_kl
 from slim.passes.distill.method import Outputs
 from slim.passes.distill.methods import BEYOND_LOGITS, RECOVER, TOKENS, WEIGHTS, Pair
-from tests.passes.distill.classroom import FAST, NETWORKS, RESNET, artifact, batches, named, noise, taught, written
+from tests.passes.distill.classroom import (
+    FACTOR,
+    FAST,
+    NETWORKS,
+    RESNET,
+    artifact,
+    batches,
+    named,
+    noise,
+    taught,
+    written,
+)
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 LABELLED = {"label_weight": 1.0}
@@ -39,7 +50,7 @@ def batch(digits: Data) -> Batch:
 
 def pair_of(student: Artifact, teacher: Artifact) -> Pair:
     sizes = student.backbone.input.size, teacher.backbone.input.size
-    return Pair(student.model(), sizes[0], teacher.model(), sizes[1])
+    return Pair(student.model(), sizes[0], teacher.model(), sizes[1], teacher.state)
 
 
 # The table
@@ -48,7 +59,8 @@ def pair_of(student: Artifact, teacher: Artifact) -> Pair:
 @pytest.mark.parametrize("name", [*WEIGHTS, RECOVER])
 def test_every_word_of_the_table_is_made_and_learns(name: str, batch: Batch) -> None:
     """The table, its sets of names and what is made for each hold together."""
-    model, objective, _ = taught(artifact("deit"), artifact("vit"), method=name, label_weight=1.0)
+    student = FACTOR(artifact("vit")) if name.startswith("perturb") else artifact("deit")
+    model, objective, _ = taught(student, artifact("vit"), method=name, label_weight=1.0)
     needs = [method.needs | {"map" for _ in method.student_maps} for method in objective.methods]
     assert any("logits" in one for one in needs) is (name not in BEYOND_LOGITS)
     assert any("token_logits" in one for one in needs) is (name in TOKENS)
@@ -217,11 +229,12 @@ def test_it_says_whether_values_of_the_student_learn_nothing(name: str, batch: B
     """What DDP has to be told: without it several processes wait for gradients that never come."""
     token = name in TOKENS
     given = LABELLED if token else {}
-    model, objective, _ = (
-        taught(artifact("deit" if token else "vit"), artifact("wide"), method=name, **given)
-        if (name != "hidden")
-        else taught(artifact("vit"), artifact("vit", seed=2), method=name)
-    )
+    if name == "hidden":
+        model, objective, _ = taught(artifact("vit"), artifact("vit", seed=2), method=name)
+    elif name.startswith("perturb"):
+        model, objective, _ = taught(FACTOR(artifact("vit")), artifact("vit"), method=name)
+    else:
+        model, objective, _ = taught(artifact("deit" if token else "vit"), artifact("wide"), method=name, **given)
     if token:
         model.set_distilled_training(True)  # type: ignore[operator]
     sum(objective(model.train(), batch).values(), torch.zeros(())).backward()
@@ -319,10 +332,10 @@ class Bare(nn.Module):
 
 
 def test_recovery_does_without_maps_and_says_why(batch: Batch) -> None:
-    pair = Pair(Bare(), (3, 32, 32), Bare(), (3, 32, 32))
+    pair = Pair(Bare(), (3, 32, 32), Bare(), (3, 32, 32), {})
     with pytest.raises(PassError, match="Bare has no forward_intermediates"):
         methods.build(Distill(method="hidden"), pair, seed=0)
-    (kd, _), (hidden, _) = methods.build(Distill(), pair, seed=0)
+    (kd, _), (hidden, _), _ = methods.build(Distill(), pair, seed=0)
     assert isinstance(hidden, Hidden)
     assert hidden.student_maps == ()
     assert "has no forward_intermediates" in hidden.unequal[0]

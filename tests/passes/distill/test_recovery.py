@@ -56,9 +56,14 @@ def test_behind_a_structural_pass_the_network_learns_to_be_what_it_was(able: tup
     _, factored, last = result.artifact.history
     assert last.digests["teacher"] == last.digests["reference"] == factored.digests["input"] == given.digest
     assert said(result.artifact)["teachers"] == [
-        {"network": f"vit_tiny_patch16_224 {given.digest[:12]}", "hidden": [0, 1], "not_compared": []}
+        {
+            "network": f"vit_tiny_patch16_224 {given.digest[:12]}",
+            "hidden": [0, 1],
+            "not_compared": [],
+            "pairs": len(factored.plan["layers"]),
+        }
     ]
-    assert set(said(result.artifact)["losses"]) == {"forward", "hidden"}
+    assert set(said(result.artifact)["losses"]) == {"forward", "hidden", "perturb"}
     before, now = (compared(one, given, data) for one in (FACTOR(given), result.artifact))
     # Seen: 0.056 to 0.0035 nat, and 66 % to 91 % of the images.
     assert now[0] < before[0] / 4

@@ -1,4 +1,4 @@
-"""The maths of low-rank on plain tensors, then its rules one by one on networks small enough to follow."""
+"""The rules of the pass one by one, on networks small enough to follow: what is factored, what stays dense and why."""
 
 from __future__ import annotations
 
@@ -14,98 +14,10 @@ from slim import costs, surgery
 from slim.artifact import Artifact, Backbone, Preprocessing
 from slim.contract import Context
 from slim.errors import PassError, RecipeError
-from slim.passes.low_rank import (
-    LowRank,
-    as_matrix,
-    balanced_factors,
-    break_even,
-    factored,
-    fill,
-    rank_for_energy,
-)
+from slim.passes.low_rank import LowRank
+from slim.passes.low_rank.schemes import matrices
 from slim.recipe import build_pass
-from tests.contract.zoo import CLASSES, SIZE, WIDE, artifact
-
-
-def random(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
-@pytest.mark.parametrize("shape", [(12, 7), (7, 12), (9, 9)])
-def test_full_rank_reproduces_the_matrix(shape: tuple[int, int]) -> None:
-    weight = random(*shape)
-    a, b = balanced_factors(weight, min(shape))
-    assert a.dtype == b.dtype == torch.float64
-    assert (a @ b - weight).abs().max() < 1e-10
-
-
-def test_the_error_is_the_tail_of_the_spectrum() -> None:
-    weight = random(20, 15)
-    spectrum = torch.linalg.svdvals(weight)
-    for rank in range(1, 15):
-        a, b = balanced_factors(weight, rank)
-        error = weight - a @ b
-        assert torch.linalg.norm(error) == pytest.approx(float((spectrum[rank:] ** 2).sum().sqrt()), rel=1e-10)
-        assert torch.linalg.matrix_norm(error, 2) == pytest.approx(float(spectrum[rank]), rel=1e-10)
-
-
-def test_both_factors_have_the_same_share_of_the_spectrum() -> None:
-    a, b = balanced_factors(random(20, 15), 6)
-    torch.testing.assert_close(a.T @ a, b @ b.T, rtol=0, atol=1e-12)
-
-
-def test_a_smaller_rank_is_a_part_of_a_larger() -> None:
-    weight = random(20, 15)
-    (a, b), (large_a, large_b) = balanced_factors(weight, 4), balanced_factors(weight, 9)
-    assert torch.equal(a, large_a[:, :4])
-    assert torch.equal(b, large_b[:4])
-
-
-@pytest.mark.parametrize(
-    ("energy", "rank"),
-    # Squares 16, 4, 4, 1 of 25: shares 0.64, 0.80, 0.96, 1.
-    [(0.1, 1), (0.64, 1), (0.65, 2), (0.80, 2), (0.81, 3), (0.96, 3), (0.97, 4), (1.0, 4)],
-)
-def test_rank_for_energy_by_hand(energy: float, rank: int) -> None:
-    assert rank_for_energy(torch.tensor([4.0, 2.0, 2.0, 1.0], dtype=torch.float64), energy) == rank
-
-
-def test_all_the_energy_is_the_full_rank_whatever_the_rounding() -> None:
-    # 0.1 summed a thousand times is not the sum of a thousand tenths.
-    assert rank_for_energy(torch.full((1000,), 0.1**0.5), 1.0) <= 1000
-    assert rank_for_energy(torch.tensor([1.0, 0.0, 0.0]), 1.0) == 1
-
-
-def test_break_even_by_hand() -> None:
-    assert break_even(60, 40) == 24.0
-    assert 24 * (60 + 40) == 60 * 40
-
-
-@pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("rank", [1, 5])
-def test_parameters_are_rank_times_inputs_and_outputs_and_a_bias(rank: int, bias: bool) -> None:
-    expected = rank * (12 + 20) + 20 * bias
-    assert costs.count_params(factored(nn.Linear(12, 20, bias=bias), rank)) == expected
-    assert costs.count_params(factored(nn.Conv2d(12, 20, 1, bias=bias), rank)) == expected
-
-
-@pytest.mark.parametrize("stride", [1, 2, (1, 2)])
-def test_a_full_rank_pair_computes_what_the_convolution_did(stride: Any) -> None:
-    layer = nn.Conv2d(6, 10, 1, stride=stride).double()
-    pair = factored(layer, 6).double()
-    with torch.no_grad():
-        fill(pair, layer)
-        images = random(2, 6, 9, 8)
-        torch.testing.assert_close(pair(images), layer(images), rtol=0, atol=1e-12)
-
-
-def test_a_full_rank_pair_computes_what_the_linear_layer_did() -> None:
-    layer = nn.Linear(6, 10).double()
-    pair = factored(layer, 6).double()
-    with torch.no_grad():
-        fill(pair, layer)
-        tokens = random(2, 5, 6)
-        torch.testing.assert_close(pair(tokens), layer(tokens), rtol=0, atol=1e-12)
+from tests.contract.zoo import BLIND, CLASSES, SIZE, WIDE, artifact
 
 
 class Net(nn.Module):
@@ -113,10 +25,10 @@ class Net(nn.Module):
 
     def __init__(self, num_classes: int) -> None:
         super().__init__()
-        self.stem = nn.Conv2d(3, 64, 4, stride=4)  # 4 x 4: never
+        self.stem = nn.Conv2d(3, 64, 4, stride=4)  # three inputs: never
         self.point = nn.Conv2d(64, 96, 1, stride=2, bias=False)
-        self.grouped = nn.Conv2d(96, 96, 1, groups=2)  # grouped: never
-        self.padded = nn.Conv2d(96, 64, 1, padding=1)  # its border is bias alone: never
+        self.grouped = nn.Conv2d(96, 96, 1, groups=2)  # 48 to 48 in each group
+        self.padded = nn.Conv2d(96, 64, 1, padding=1)
         self.wide = nn.Linear(64, 128)
         self.narrow = nn.Linear(128, 32)
         self.back = nn.Linear(32, 64)
@@ -134,7 +46,7 @@ class Net(nn.Module):
 
 
 def net() -> Artifact:
-    chosen = Backbone(name="tests.passes.test_low_rank:Net", num_classes=64, input=Preprocessing(size=SIZE))
+    chosen = Backbone(name="tests.passes.low_rank.test_low_rank:Net", num_classes=64, input=Preprocessing(size=SIZE))
     return Artifact.of(chosen.build(trust=True), chosen, trust=True)
 
 
@@ -146,9 +58,11 @@ def planned(given: Artifact, step: LowRank) -> tuple[dict[str, int], dict[str, s
 
 def test_each_layer_that_stays_dense_says_why() -> None:
     # ratio 0.5: half of 64 * 96 / 160 = 38.4 and of 64 * 128 / 192 = 42.67, in eights.
-    assert planned(net(), LowRank(ratio=0.5)) == (
-        {"point": 16, "wide": 16},
+    assert planned(net(), LowRank(ratio=0.5, **BLIND)) == (
+        {"point": 16, "padded": 16, "wide": 16},
         {
+            "stem": "narrower than min_width 64",
+            "grouped": "narrower than min_width 64",
             "narrow": "narrower than min_width 64",
             "back": "narrower than min_width 64",
             "read": "its weight is read directly, not called",
@@ -158,39 +72,43 @@ def test_each_layer_that_stays_dense_says_why() -> None:
 
 
 def test_align_rounds_down() -> None:
-    assert planned(net(), LowRank(ratio=0.5, align=1))[0] == {"point": 19, "wide": 21}
-    assert planned(net(), LowRank(ratio=0.5, align=4))[0] == {"point": 16, "wide": 20}
-    ranks, dense = planned(net(), LowRank(ratio=0.5, align=20))
+    assert planned(net(), LowRank(ratio=0.5, align=1, **BLIND))[0] == {"point": 19, "padded": 19, "wide": 21}
+    assert planned(net(), LowRank(ratio=0.5, align=4, **BLIND))[0] == {"point": 16, "padded": 16, "wide": 20}
+    ranks, dense = planned(net(), LowRank(ratio=0.5, align=20, **BLIND))
     assert ranks == {"wide": 20}
     assert dense["point"] == "rank below one tile of 20"
 
 
 def test_min_width_lets_narrow_layers_in() -> None:
     # 32 * 128 / 160 = 25.6 and 32 * 64 / 96 = 21.3, halved, in eights.
-    assert planned(net(), LowRank(ratio=0.5, min_width=32))[0] == {"point": 16, "wide": 16, "narrow": 8, "back": 8}
+    assert planned(net(), LowRank(ratio=0.5, min_width=32, **BLIND))[0] == FOUR
 
 
 def test_guard_is_a_share_of_break_even() -> None:
     # 0.76 of 38.4 and of 42.67 in fours: ranks 28 and 32, which are 0.73 and 0.75 of break-even.
-    ranks, dense = planned(net(), LowRank(ratio=0.76, align=4, guard=0.74))
-    assert ranks == {"point": 28}
+    ranks, dense = planned(net(), LowRank(ratio=0.76, align=4, guard=0.74, **BLIND))
+    assert ranks == {"point": 28, "padded": 28}
     assert dense["wide"] == "its rank would not pay"
-    assert planned(net(), LowRank(ratio=0.76, align=4, guard=0.76))[0] == {"point": 28, "wide": 32}
+    assert planned(net(), LowRank(ratio=0.76, align=4, guard=0.76, **BLIND))[0] == {
+        "point": 28,
+        "padded": 28,
+        "wide": 32,
+    }
 
 
 def test_skip_takes_patterns() -> None:
-    ranks, dense = planned(net(), LowRank(ratio=0.5, skip=("w*", "head")))
-    assert ranks == {"point": 16}
+    ranks, dense = planned(net(), LowRank(ratio=0.5, skip=("w*", "head"), **BLIND))
+    assert ranks == {"point": 16, "padded": 16}
     assert (dense["wide"], dense["head"]) == ("in skip", "classifier")
 
 
 def test_a_skip_that_matches_nothing_is_an_error() -> None:
     with pytest.raises(PassError, match=r"low-rank: skip 'stages\.\*' matches no layer; names are such as 'point'"):
-        LowRank(ratio=0.5, skip=("stages.*",))(net())
+        LowRank(ratio=0.5, skip=("stages.*",), **BLIND)(net())
 
 
 @pytest.mark.parametrize(
-    "step", [LowRank(energy=1.0, guard=1.0), LowRank(ratio=0.95, align=1)], ids=["energy", "ratio"]
+    "step", [LowRank(energy=1.0, guard=1.0, **BLIND), LowRank(ratio=0.95, align=1, **BLIND)], ids=["energy", "ratio"]
 )
 def test_nothing_to_gain_is_an_error_that_says_why(step: LowRank) -> None:
     rule = "ratio 0.95" if step.ratio else "energy 1.0"
@@ -204,7 +122,7 @@ def test_a_network_without_such_layers_is_an_error() -> None:
     small = Backbone(name="resnet18", kwargs={"layers": [1, 0, 0, 0]}, num_classes=2, input=Preprocessing(size=SIZE))
     model = nn.Sequential(nn.Conv2d(3, 8, 3))
     with pytest.raises(PassError, match=r"leaves every layer dense \(no Linear layer or 1x1 convolution\)"):
-        LowRank().plan(model, Context(backbone=small))
+        LowRank(**BLIND).plan(model, Context(backbone=small))
 
 
 def test_never_at_or_over_break_even() -> None:
@@ -213,7 +131,7 @@ def test_never_at_or_over_break_even() -> None:
         for key, rank in (("0.weight", 32), ("1.weight", 31)):
             square.get_parameter(key).copy_(torch.diag(torch.arange(64) < rank))
     flat = Backbone(name="unused", num_classes=64, input=Preprocessing(size=(3, 8, 64)))
-    plan: Any = LowRank(energy=1.0, guard=1.0, align=1).plan(square, Context(backbone=flat))
+    plan: Any = LowRank(energy=1.0, guard=1.0, align=1, **BLIND).plan(square, Context(backbone=flat))
     assert plan["layers"] == {"1": {"rank": 31, "full": 64, "break_even": 32.0, "energy": 1.0}}
     assert plan["dense"] == {"0": "its rank would not pay"}
 
@@ -221,7 +139,7 @@ def test_never_at_or_over_break_even() -> None:
 @pytest.mark.parametrize("ratio", [0.05, 0.3, 0.5, 0.7, 0.89])
 def test_ratio_is_kept_by_every_layer(ratio: float) -> None:
     given = artifact("vit")
-    step = LowRank(ratio=ratio, align=1, min_width=WIDE)
+    step = LowRank(ratio=ratio, align=1, min_width=WIDE, **BLIND)
     before, after = given.model(), step(given)
     plan: Any = after.history[-1].plan
     assert set(plan["layers"]) | set(plan["dense"]) == {
@@ -236,7 +154,7 @@ def test_ratio_is_kept_by_every_layer(ratio: float) -> None:
 
 def test_energy_is_reached_by_every_layer_and_by_no_smaller_rank() -> None:
     given = artifact("vit")
-    plan: Any = LowRank(energy=0.4, align=1, min_width=WIDE)(given).history[-1].plan
+    plan: Any = LowRank(energy=0.4, align=1, min_width=WIDE, **BLIND)(given).history[-1].plan
     assert len(plan["layers"]) == 8
     for name, chosen in plan["layers"].items():
         spectrum = torch.linalg.svdvals(as_matrix(given.state[f"{name}.weight"])) ** 2
@@ -247,7 +165,7 @@ def test_energy_is_reached_by_every_layer_and_by_no_smaller_rank() -> None:
 
 def test_what_is_measured_shrinks_as_planned() -> None:
     given = artifact("mobilenet")
-    after = LowRank(ratio=0.5, align=2, min_width=WIDE)(given)
+    after = LowRank(ratio=0.5, align=2, min_width=WIDE, **BLIND)(given)
     before, now = (costs.count(network.model(), SIZE) for network in (given, after))
     plan: Any = after.history[-1].plan
     saved = 0
@@ -261,13 +179,13 @@ def test_what_is_measured_shrinks_as_planned() -> None:
 def test_the_classifier_is_never_factored() -> None:
     for name in ("resnet", "mobilenet", "convnext", "mixer", "beit"):
         model = artifact(name).model()
-        _, dense = planned(artifact(name), LowRank(ratio=0.5, align=1, min_width=CLASSES))
+        _, dense = planned(artifact(name), LowRank(ratio=0.5, align=1, min_width=CLASSES, **BLIND))
         assert {dense[head] for head in surgery.classifiers(model)} == {"classifier"}
 
 
 def test_attention_that_reads_its_weight_stays_correct() -> None:
     given = artifact("beit")
-    factors = LowRank(ratio=0.8, align=1, min_width=WIDE)(given)
+    factors = LowRank(ratio=0.8, align=1, min_width=WIDE, **BLIND)(given)
     assert isinstance(factors.model().get_submodule("blocks.0.attn.qkv"), nn.Linear)
     assert torch.equal(factors.state["blocks.0.attn.qkv.weight"], given.state["blocks.0.attn.qkv.weight"])
 
@@ -283,12 +201,12 @@ def test_a_network_whose_every_layer_is_read_is_left_alone() -> None:
 
     chosen = Backbone(name="unused", num_classes=96, input=Preprocessing(size=SIZE))
     with pytest.raises(PassError, match="its weight is read directly, not called"):
-        LowRank(ratio=0.5).plan(Reader(), Context(backbone=chosen))
+        LowRank(ratio=0.5, **BLIND).plan(Reader(), Context(backbone=chosen))
 
 
 def test_planning_leaves_no_hook() -> None:
     model = artifact("vit").model()
-    LowRank(ratio=0.5, min_width=WIDE).plan(model, Context(backbone=artifact("vit").backbone))
+    LowRank(ratio=0.5, min_width=WIDE, **BLIND).plan(model, Context(backbone=artifact("vit").backbone))
     assert not any(module._forward_hooks for module in model.modules())
 
 
@@ -296,14 +214,14 @@ def test_a_layer_of_zeros_stays_dense_and_one_of_nan_is_an_error() -> None:
     state = net().state_dict()
     state["wide.weight"].zero_()
     given = Artifact(net().backbone, state, trust=True)
-    assert planned(given, LowRank(ratio=0.5, align=1))[1]["wide"] == "its weight is zero"
+    assert planned(given, LowRank(ratio=0.5, align=1, **BLIND))[1]["wide"] == "its weight is zero"
     state["wide.weight"][0, 0] = torch.nan
     with pytest.raises(PassError, match="layer 'wide' holds values that are not finite; start from weights that are"):
-        LowRank(ratio=0.5)(Artifact(net().backbone, state, trust=True))
+        LowRank(ratio=0.5, **BLIND)(Artifact(net().backbone, state, trust=True))
 
 
 def test_the_plan_is_plain_json() -> None:
-    plan = LowRank(ratio=0.5)(net()).history[0].plan
+    plan = LowRank(ratio=0.5, **BLIND)(net()).history[0].plan
     assert json.loads(json.dumps(plan)) == plan
     assert set(plan) == {"layers", "dense"}
 
@@ -311,7 +229,7 @@ def test_the_plan_is_plain_json() -> None:
 def test_energy_and_ratio_do_not_go_together() -> None:
     with pytest.raises(RecipeError, match=r"energy=0\.8 and ratio=0\.5 both choose the ranks; give one of them"):
         build_pass(LowRank, {"energy": 0.8, "ratio": 0.5})
-    assert LowRank(ratio=0.5).energy == LowRank().energy
+    assert LowRank(ratio=0.5, **BLIND).energy == LowRank(**BLIND).energy
 
 
 @pytest.mark.parametrize(

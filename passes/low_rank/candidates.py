@@ -1,0 +1,114 @@
+"""Which layers can be written as two, and why the others stay as they are: found in one forward pass.
+
+Left out by rule: classifiers, depthwise convolutions, the two layers of a squeeze-and-excitation, narrow layers (stems
+and patch embeddings among them), layers factored before, and those whose weight the network reads without calling them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatch
+
+import torch
+from torch import nn
+
+from slim import surgery
+from slim.errors import PassError
+from slim.passes.low_rank import schemes
+from slim.passes.low_rank.schemes import Layer
+
+SQUEEZES = ("SqueezeExcite", "SEModule", "EffectiveSEModule", "SEWithNorm")
+"""timm's squeeze-and-excitation: its two layers see one position of each image, and cost next to no time."""
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A layer that may be factored."""
+
+    name: str
+    layer: Layer
+    size: tuple[int, ...]
+    """Shape of its input without the batch: (I, H, W) for a convolution, (..., I) for a Linear layer."""
+    calls: int
+    """How often one forward pass calls it."""
+
+
+def candidates(
+    model: nn.Module,
+    size: tuple[int, int, int],
+    *,
+    min_width: int,
+    skip: Sequence[str] = (),
+    factored: frozenset[str] = frozenset(),
+) -> tuple[list[Candidate], dict[str, str]]:
+    """What may be factored, and for every other layer why not.
+
+    Args:
+        model: in eval mode; it is called once with zeros of `size` (C, H, W).
+        size: of the network's input.
+        min_width: a layer with fewer inputs or outputs, of one group, stays.
+        skip: patterns of dotted names that stay.
+        factored: names of the pairs that an earlier step made.
+
+    Raises:
+        PassError: a pattern of `skip` matches no layer.
+    """
+    layers = {name: module for name, module in model.named_modules() if schemes.is_layer(module)}
+    for pattern in skip:
+        if layers and not any(fnmatch(name, pattern) for name in layers):
+            raise PassError(f"low-rank: skip {pattern!r} matches no layer; names are such as {next(iter(layers))!r}")
+    heads, seen = surgery.classifiers(model), _inputs(model, tuple(layers), size)
+    found: list[Candidate] = []
+    dense: dict[str, str] = {}
+    for name, layer in layers.items():
+        rows, inputs = layer.weight.shape[:2]
+        outputs = rows // (layer.groups if isinstance(layer, nn.Conv2d) else 1)
+        parent = name.rpartition(".")[0]
+        if name in heads:
+            dense[name] = "classifier"
+        elif parent in factored:
+            dense[name] = "factored by a step before"
+        elif any(fnmatch(name, pattern) for pattern in skip):
+            dense[name] = "in skip"
+        elif type(model.get_submodule(parent)).__name__ in SQUEEZES:
+            dense[name] = "squeeze-and-excitation"
+        elif min(outputs, inputs) < min_width:
+            dense[name] = f"narrower than min_width {min_width}"
+        elif name not in seen:
+            dense[name] = "its weight is read directly, not called"
+        elif not layer.weight.isfinite().all():
+            raise PassError(f"low-rank: layer {name!r} holds values that are not finite; start from weights that are")
+        elif not layer.weight.any():
+            dense[name] = "its weight is zero"
+        else:
+            shape, calls = seen[name]
+            found.append(Candidate(name, layer, shape, calls))
+    return found, dense
+
+
+def _inputs(
+    model: nn.Module, names: tuple[str, ...], size: tuple[int, int, int]
+) -> dict[str, tuple[tuple[int, ...], int]]:
+    """Input shape without batch, and number of calls, of each of `names` that the forward pass calls.
+
+    Some timm attention reads `qkv.weight` itself, which a pair does not have.
+    """
+    seen: dict[str, tuple[tuple[int, ...], int]] = {}
+
+    def watch(name: str) -> None:
+        def hook(module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+            seen[name] = (tuple(inputs[0].shape[1:]), seen[name][1] + 1 if name in seen else 1)
+
+        hooks.append(model.get_submodule(name).register_forward_pre_hook(hook))
+
+    hooks: list[torch.utils.hooks.RemovableHandle] = []
+    try:
+        for name in names:
+            watch(name)
+        with torch.inference_mode():
+            model(torch.zeros(1, *size))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return seen
