@@ -8,6 +8,7 @@ the channels alone, kernel positions taken as independent.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -43,11 +44,20 @@ class Moments:
     """Rows seen."""
     taps: bool
     """Whether d counts (i, kh, kw), as in `weight.flatten(1)`; else the channels alone, for want of memory."""
+    noise: Tensor
+    """(g,) fp64 in [0, 1]: share of the squared covariances of different inputs that is due to too few images."""
 
     @property
     def covariance(self) -> Tensor:
-        """(g, d, d) fp64."""
+        """(g, d, d) fp64, as the images have it."""
         return self.second - self.mean[:, :, None] * self.mean[:, None, :]
+
+    @property
+    def shrunk(self) -> Tensor:
+        """(g, d, d) fp64: the covariance, those of different inputs without the share that is noise."""
+        covariance = self.covariance
+        kept = torch.diag_embed(covariance.diagonal(dim1=1, dim2=2) * self.noise[:, None])
+        return covariance.mul_(1 - self.noise[:, None, None]).add_(kept)
 
     def expanded(self, kernel: int) -> Moments:
         """With kernel positions, as many as given: independent, each with these moments; itself where it has them.
@@ -59,7 +69,8 @@ class Moments:
             return self
         covariance = torch.kron(self.covariance, torch.eye(kernel, dtype=self.second.dtype, device=self.second.device))
         mean = self.mean.repeat_interleave(kernel, 1)
-        return Moments(covariance + mean[:, :, None] * mean[:, None, :], mean, self.n, taps=True)
+        second = covariance.add_(mean[:, :, None] * mean[:, None, :])
+        return Moments(second, mean, self.n, taps=True, noise=self.noise)
 
 
 def collect(
@@ -80,7 +91,7 @@ def collect(
         batches: (B, C, H, W) each; how they are cut does not matter.
         images: how many they hold together.
         memory_gb: 1e9 bytes that the second moments may take together.
-        device: where to work, and where the moments stay; none: the CPU.
+        device: where to work; none: the CPU, where the moments come to lie in any case.
         progress: told after every batch.
 
     Raises:
@@ -94,6 +105,7 @@ def collect(
         for name, layer in layers.items()
     }
     mean = {name: value.new_zeros(value.shape[:2]) for name, value in second.items()}
+    apart = {name: value.new_zeros(len(value)) for name, value in second.items()}
     n = dict.fromkeys(names, 0)
     batch = range(0)
 
@@ -107,6 +119,8 @@ def collect(
             wanted = -(-ROWS_PER_INPUT * mean[name].shape[1] // images)
             found = rows(cast(Layer, layer), x, shown, wanted, taps=taps[name]).float().movedim(1, 0)
             add_upper(second[name], found)
+            if shown is batch:
+                apart[name] += squares_apart(found, len(shown))
             mean[name] += found.sum(1, dtype=torch.double)
             n[name] += found.shape[1]
 
@@ -123,7 +137,36 @@ def collect(
         if not n[name]:
             raise PassError(f"calibrate: layer {name!r} was never called; skip it")
         mirror(second[name])
-    return {name: Moments(second[name].div_(n[name]), mean[name] / n[name], n[name], taps[name]) for name in names}
+    return {name: _moments(second[name], mean[name], n[name], taps[name], apart[name], images) for name in names}
+
+
+def squares_apart(x: Tensor, images: int) -> Tensor:
+    """Squared second moments of different inputs, summed over images.
+
+    x: (g, images * rows, d), image by image. Returns (g,) fp64.
+    """
+    groups, count, width = x.shape
+    each = x.reshape(groups * images, count // images, width) / (count // images) ** 0.5
+    # |X^T X| = |X X^T|: the smaller of the two.
+    whole = (each @ each.mT if each.shape[1] < width else each.mT @ each).square().sum((1, 2), dtype=torch.double)
+    own = each.square().sum(1).square().sum(1, dtype=torch.double)
+    found: Tensor = (whole - own).view(groups, images).sum(1)
+    return found
+
+
+def _moments(second: Tensor, mean: Tensor, n: int, taps: bool, apart: Tensor, images: int) -> Moments:
+    """From sums over all rows, and the squares of every image's own second moment."""
+    second, mean, apart = second.div_(n).cpu(), (mean / n).cpu(), apart.cpu()
+    found = Moments(second, mean, n, taps, apart.new_zeros(len(apart)))
+
+    def between(moment: Tensor) -> Tensor:
+        return moment.square().sum((1, 2)) - moment.diagonal(dim1=1, dim2=2).square().sum(1)
+
+    # Variance of a mean over images, summed over pairs of inputs, against what the pairs have.
+    variance = (apart / images - between(second)).clamp(min=0) / max(images - 1, 1)
+    pairs = between(found.covariance)
+    noise = torch.where(pairs > 0, variance / pairs.clamp(min=torch.finfo(torch.double).tiny), 0.0).clamp(max=1)
+    return dataclasses.replace(found, noise=noise)
 
 
 def positions(total: int, wanted: int, images: range) -> Tensor:

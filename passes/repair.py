@@ -2,7 +2,8 @@
 
 Layers are refitted by least squares to what the dense network puts out (He et al. 2017, arXiv:1707.06168), and batch
 norms given back the mean and variance that they have in the dense network: in execution order, so that each correction
-sees what the ones before it have left. Weights move only where the images say so; a ridge draws them to what they are.
+sees what the ones before it have left. Weights move only where the images say so: a ridge draws them to what they are,
+and a change is made as far as one fitted to half of the images holds for the other half.
 Norms are expressed by the dense network's statistics on these images first: to re-estimate those that were folded
 (mean 0, variance 1) as they are would destroy the network.
 """
@@ -57,9 +58,9 @@ def repair(
         progress: told after every batch and every correction.
 
     Returns:
-        How many layers were refitted and norms matched, on how many images; the mean relative error of a refitted
-        layer's output before and after its refit; layers left as they are, because a forward pass does not call them
-        once, with one output for each image.
+        How many layers were refitted and norms matched, on how many images; over the refitted layers, the mean relative
+        error of the output before and after, and the mean share of the change that was made; layers left as they are,
+        because a forward pass does not call them once, with one output for each image.
 
     Raises:
         PassError: a layer or norm sees values that are not finite.
@@ -97,6 +98,7 @@ def repair(
     if refits:
         figures["error_before"] = round(sum(layer.before for layer in refits.values()) / len(refits), 6)
         figures["error_after"] = round(sum(layer.after for layer in refits.values()) / len(refits), 6)
+        figures["share"] = round(sum(layer.share for layer in refits.values()) / len(refits), 6)
     return figures
 
 
@@ -121,6 +123,20 @@ def change_of(gram: Tensor, cross: Tensor, ridge: float, *, biased: bool) -> Ten
         cost = F.pad(cost, (0, 1))
     solved: Tensor = torch.linalg.solve_ex(gram + cost.diag_embed(), cross.mT)[0]
     return solved.mT
+
+
+def held_share(gram: Tensor, cross: Tensor, ridge: float, *, biased: bool) -> float:
+    """How far to follow a least-squares change, in [0, 1]: as far as that of each half of the images suits the other.
+
+    gram and cross as for `change_of`, with the halves before: (2, g, d, d) and (2, g, o, d). A handful of images has
+    fewer kinds of rows than a layer has inputs, and what is fitted to them may help nobody else.
+    """
+    gain = cost = 0.0
+    for half in (0, 1):
+        change = change_of(gram[half], cross[half], ridge, biased=biased)
+        gain += float((change * cross[1 - half]).sum())
+        cost += float((change @ gram[1 - half] * change).sum())
+    return min(max(gain / cost, 0.0), 1.0) if cost > 0 else 0.0
 
 
 def matched(
@@ -199,6 +215,8 @@ class _Refit:
         self.targets: list[Tensor] = []
         self.before = self.after = 0.0
         """Relative error of the output: |error| / |target|."""
+        self.share = 0.0
+        """How much of the least-squares change was made."""
 
     def watch(self, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         """Keep what the dense layer puts out for the next span of images."""
@@ -212,7 +230,8 @@ class _Refit:
         weight = layer.weight.double().reshape(groups, len(layer.weight) // groups, -1)
         if layer.bias is not None:
             weight = torch.cat([weight, layer.bias.double().reshape(groups, -1, 1)], 2)
-        gram, cross = weight.new_zeros(groups, weight.shape[2], weight.shape[2]), torch.zeros_like(weight)
+        width = weight.shape[2]
+        gram, cross = weight.new_zeros(2, groups, width, width), weight.new_zeros(2, *weight.shape)
         error = energy = weight.new_zeros(())
         for span, target in zip(self.spans, self.targets, strict=True):
             z = rows(layer, inputs[0][span.start * each : span.stop * each], span, self.wanted).double().movedim(1, 0)
@@ -220,14 +239,20 @@ class _Refit:
                 z = F.pad(z, (0, 1), value=1.0)
             y = target.double().reshape(len(target), groups, -1).movedim(1, 0)
             r = y - z @ weight.mT
-            gram, cross = gram + z.mT @ z, cross + r.mT @ z
+            middle = z.shape[1] // len(span) * (len(span) // 2)  # rows of one image stay together: they are alike
+            for half, part in enumerate((slice(middle), slice(middle, None))):
+                gram[half] += z[:, part].mT @ z[:, part]
+                cross[half] += r[:, part].mT @ z[:, part]
             error, energy = error + r.square().sum(), energy + y.square().sum()
         self.targets.clear()
-        change = change_of(gram, cross, self.ridge, biased=layer.bias is not None)
+        biased = layer.bias is not None
+        self.share = held_share(gram, cross, self.ridge, biased=biased)
+        change = self.share * change_of(gram.sum(0), cross.sum(0), self.ridge, biased=biased)
         _check(self.name, change)
-        rest = (error - 2 * (change * cross).sum() + (change @ gram * change).sum()).clamp(min=0)
+        gained = 2 * (change * cross.sum(0)).sum() - (change @ gram.sum(0) * change).sum()
         energy = energy.maximum(error).clamp(min=torch.finfo(torch.float32).tiny)  # a target that is zero
-        self.before, self.after = float((error / energy).sqrt()), float((rest / energy).sqrt())
+        self.before = float((error / energy).sqrt())
+        self.after = float(((error - gained).clamp(min=0) / energy).sqrt())
         weight = weight + change
         if layer.bias is not None:
             layer.bias.copy_(weight[:, :, -1].flatten())

@@ -1,11 +1,13 @@
 """Which layers can be written as two, and why the others stay as they are: found in one forward pass.
 
 Left out by rule: classifiers, depthwise convolutions, the two layers of a squeeze-and-excitation, narrow layers (stems
-and patch embeddings among them), layers factored before, and those whose weight the network reads without calling them.
+and patch embeddings among them), layers factored before, those that share their weight, which would be two pairs, and
+those whose weight the network reads without calling them.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
@@ -59,6 +61,7 @@ def candidates(
         if layers and not any(fnmatch(name, pattern) for name in layers):
             raise PassError(f"low-rank: skip {pattern!r} matches no layer; names are such as {next(iter(layers))!r}")
     heads, seen = surgery.classifiers(model), _inputs(model, tuple(layers), size)
+    owners = Counter(id(value) for _, value in model.named_parameters(remove_duplicate=False))
     found: list[Candidate] = []
     dense: dict[str, str] = {}
     for name, layer in layers.items():
@@ -75,6 +78,8 @@ def candidates(
             dense[name] = "squeeze-and-excitation"
         elif min(outputs, inputs) < min_width:
             dense[name] = f"narrower than min_width {min_width}"
+        elif owners[id(layer.weight)] > 1:
+            dense[name] = "its weight is shared"
         elif name not in seen:
             dense[name] = "its weight is read directly, not called"
         elif not layer.weight.isfinite().all():

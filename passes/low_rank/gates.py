@@ -47,13 +47,18 @@ class Gate(nn.Module):
 
 
 class Closing(nn.Module):
-    """Squared error of the log-odds' distribution against the dense network, and the threshold on every gate."""
+    """How far the outputs are from the dense network's, and the threshold on every gate."""
+
+    closed: Tensor
+    """Sum of the thresholds so far."""
 
     def __init__(self, dense: nn.Module, gates: Sequence[Gate], weights: Sequence[float], threshold: float) -> None:
         super().__init__()
         self._frozen = (dense, tuple(gates))  # a tuple, so that neither is registered, trained or saved here
         self._weights = tuple(weights)
-        self._threshold, self._closed = threshold, 0.0
+        self._threshold = threshold
+        # A buffer, so that a run taken up from a checkpoint does not shrink every gate a second time.
+        self.register_buffer("closed", torch.zeros((), dtype=torch.double))
 
     def forward(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
         """Kullback-Leibler divergence to the dense network, mean over the batch."""
@@ -68,8 +73,8 @@ class Closing(nn.Module):
         with torch.no_grad():
             for gate, weight in zip(self._frozen[1], self._weights, strict=True):
                 values = gate.values
-                values.copy_(values.sign() * (values.abs() - (due - self._closed) * weight).clamp(min=0))
-        self._closed = due
+                values.copy_(values.sign() * (values.abs() - (due - float(self.closed)) * weight).clamp(min=0))
+            self.closed.fill_(due)
 
 
 def close_gates(
@@ -101,8 +106,10 @@ def close_gates(
         raise PassError("low-rank: select gated trains while it plans, in one process; run it without torchrun")
     assert context.backbone is not None  # Pass.__call__ set it
     ways = [min(ladder, key=lambda way: float(way.losses[int(way.break_even / 2)])) for ladder in ladders]
-    costs = [float(way.macs(1) if metric == "macs" else way.params(1)) for way in ways]
-    dense = sum(way.dense_macs if metric == "macs" else way.dense_params for way in ways)
+    # Of one gate; a rank is one in every group.
+    units = [way.macs(1) * way.candidate.calls if metric == "macs" else way.params(1) for way in ways]
+    costs = [unit / len(way.factors.spectrum) for unit, way in zip(units, ways, strict=True)]
+    dense = sum(way.dense_macs * way.candidate.calls if metric == "macs" else way.dense_params for way in ways)
     whole = count(model, context.backbone.input.size)[metric]
     limit = max(whole * share - (whole - dense), 0.0)
 
@@ -114,10 +121,10 @@ def close_gates(
     # More than what closes enough gates if training resists none.
     objective = Closing(frozen, gates, weights, 1.2 * threshold(start, weights, costs, limit))
     figures = context.train(gated, objective, training, Augment(), ("calib",))
-    found = [gate.values.detach().abs().double() for gate in gates]
+    found = [gate.values.detach().double() for gate in gates]
     return [_ordered(way, values) for way, values in zip(ways, found, strict=True)], {
         **figures,
-        "open": [int((values > 0).sum()) for values in found],
+        "open": [int((values != 0).sum()) for values in found],
     }
 
 
@@ -148,14 +155,15 @@ def threshold(gates: Sequence[Tensor], weights: Sequence[float], costs: Sequence
 def _ordered(way: Way, gates: Tensor) -> Way:
     """The way with its gates as its spectrum, largest first, and what each rank leaves out as its losses."""
     found = way.factors
-    groups, count = found.spectrum.shape
-    gates = gates.view(groups, count)
+    signed = gates.view(found.spectrum.shape)
+    left, gates = found.left * torch.where(signed < 0, -1.0, 1.0)[:, None, :], signed.abs()
     order = gates.argsort(dim=1, descending=True, stable=True)
     scale = found.spectrum.square().sum().sqrt()
     trained = Factors(
-        left=found.left.gather(2, order[:, None, :].expand_as(found.left)),
+        left=left.gather(2, order[:, None, :].expand_as(left)),
         spectrum=gates.gather(1, order) * scale,
         right=found.right.gather(1, order[:, :, None].expand_as(found.right)),
     )
     tail = trained.tail()
-    return replace(way, factors=trained, losses=tail / tail[0])
+    # Where every gate has closed nothing is lost at any rank.
+    return replace(way, factors=trained, losses=tail / tail[0].clamp(min=torch.finfo(tail.dtype).tiny))

@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, ClassVar, Literal, Self, cast
 
+import torch
 from pydantic import Field, JsonValue, field_validator, model_validator
 from torch import Tensor, nn
 
@@ -29,6 +31,7 @@ from slim.passes.low_rank.factors import Objective
 from slim.passes.low_rank.reach import Ladder, Pick, Select, cost_of, reach
 from slim.passes.low_rank.schemes import Layer, Scheme
 from slim.passes.low_rank.ways import Way, ways_of
+from slim.passes.sensitivity import sensitivities
 from slim.training import Training
 
 EVAL_BATCH = 32
@@ -156,7 +159,7 @@ class LowRank(Pass):
         if version != 1:
             return None
         layers: Any = plan["layers"]
-        channel = {name: {**chosen, "scheme": "channel"} for name, chosen in layers.items()}
+        channel: Plan = {name: {**chosen, "scheme": "channel"} for name, chosen in layers.items()}
         return {**config, "objective": "plain", "conv": "none", "repair": "none"}, {**plan, "layers": channel}
 
     def _ladders(
@@ -164,16 +167,18 @@ class LowRank(Pass):
     ) -> tuple[list[Ladder], dict[str, str]]:
         """The ways of every candidate that has one that pays, and why the others have none."""
         allowed = cast(tuple[Scheme, ...], {"best": ("channel", "spatial"), "none": ()}.get(self.conv, (self.conv,)))
-        wanted = [one for one in found if self.conv != "none" or len(schemes.schemes_of(one.layer)) == 1]
+        wanted = [one for one in found if self.conv != "none" or one.layer.weight[0, 0].numel() == 1]
         dense = {one.name: "conv is none" for one in found if one not in wanted}
-        moments = self._moments(model, wanted, context)
+        with _on(context.device, model):
+            moments = self._moments(model, wanted, context)
+            sensitive = self._sensitivities(model, wanted, context)
         means: dict[str, Tensor] = {}
         ladders: list[Ladder] = []
         with context.progress("low-rank: spectra", len(wanted)) as advance:
             for candidate in wanted:
                 advance(1, candidate.name)
                 seen = moments.pop(candidate.name, None)  # hundreds of MB for one wide convolution
-                ways = ways_of(candidate, self.objective, seen, allowed)
+                ways = ways_of(candidate, self.objective, seen, allowed, sensitivity=sensitive.get(candidate.name))
                 paying = [way for way in ways if way.ranks(self.align, self.guard)]
                 if not paying:
                     dense[candidate.name] = f"no multiple of {self.align} pays"
@@ -197,6 +202,13 @@ class LowRank(Pass):
             progress=context.progress,
         )
 
+    def _sensitivities(self, model: nn.Module, found: Sequence[Candidate], context: Context) -> dict[str, float]:
+        """How much the prediction depends on each layer; asked only where layers compete for a budget."""
+        if self.to is None or self.objective == "plain" or not found:
+            return {}
+        names, images = [one.name for one in found], _images(context, EVAL_BATCH)
+        return sensitivities(model, names, images, seed=context.seed, device=context.device, progress=context.progress)
+
     def _pick(self, ladder: Ladder) -> Pick | str:
         """What `energy` or `ratio` asks of one layer, or why it stays dense."""
         picks = [Pick(way, rank) for way in ladder if (rank := self._rank(way)) and way.pays(rank, self.guard)]
@@ -211,7 +223,9 @@ class LowRank(Pass):
             wanted = int(self.ratio * way.break_even)
         else:  # the least rank that keeps the energy; rounding may leave the last loss a little over 0
             wanted = int((way.losses > 1 - self.energy + 1e-12).sum())
-        return min(wanted, len(way.losses) - 1) // self.align * self.align
+            if wanted == len(way.losses):  # losses far beyond break-even are not worked out
+                wanted = way.factors.spectrum.shape[-1]
+        return wanted // self.align * self.align
 
     def _reach(
         self, model: nn.Module, ladders: list[Ladder], context: Context
@@ -248,17 +262,30 @@ class LowRank(Pass):
         self, model: nn.Module, dense: nn.Module, names: Sequence[str], context: Context
     ) -> dict[str, JsonValue]:
         assert context.backbone is not None  # Pass.__call__ set it
-        most = repair.images_that_fit(model, context.backbone.input.size, self.memory_gb)
         refit = {f"{name}.1": name for name in names} if self.repair in ("both", "outputs") else {}
-        return repair.repair(
-            model,
-            dense,
-            refit,
-            next(_images(context, min(most, _count(context)))),
-            norms=self.repair in ("both", "norms"),
-            batch_size=EVAL_BATCH,
-            progress=context.progress,
-        )
+        with _on(context.device, model, dense):
+            most = repair.images_that_fit(model, context.backbone.input.size, self.memory_gb)
+            return repair.repair(
+                model,
+                dense,
+                refit,
+                next(_images(context, min(most, _count(context)))),
+                norms=self.repair in ("both", "norms"),
+                batch_size=EVAL_BATCH,
+                progress=context.progress,
+            )
+
+
+@contextmanager
+def _on(device: torch.device, *models: nn.Module) -> Iterator[None]:
+    """The networks on `device`, and on the CPU again afterwards."""
+    for model in models:
+        model.to(device)
+    try:
+        yield
+    finally:
+        for model in models:
+            model.to("cpu")
 
 
 def _count(context: Context) -> int:

@@ -88,7 +88,7 @@ def reach(
     Raises:
         PassError: the budget cannot be reached, or was missed although a smaller network exists.
     """
-    layers, picks = _options(goal, ladders, context, align, guard)
+    layers, picks = _options(goal, ladders, context, rule, align, guard)
     before = cost_of(goal, model, context)
     limit = goal.limit_of(before)
     fixed = before - sum(options[0].cost for options in layers)
@@ -99,10 +99,7 @@ def reach(
             chosen = _select(rule, layers, ladders, picks, budget)
         except select.Unreachable as error:
             if not attempts:
-                raise PassError(
-                    f"low-rank: --to {goal} cannot be reached: the smallest ranks give {error.smallest + fixed:.4g} "
-                    f"{goal.unit} of {before:.4g}, asked were {limit:.4g}; raise it, or lower min_width or skip less"
-                ) from error
+                raise _unreachable(goal, error.smallest + fixed, before, limit) from error
             chosen = [min(range(len(options)), key=lambda i: options[i].cost) for options in layers]
         if chosen in [attempt.chosen for attempt in attempts]:
             break
@@ -121,7 +118,9 @@ def reach(
     fitting = [attempt for attempt in attempts if attempt.achieved <= limit]
     best = max(fitting, key=_achieved) if fitting else min(attempts, key=_achieved)
     step = select.step_below(layers, best.chosen)
-    if best.low > TOLERANCE * limit and step is not None:
+    if best.low > TOLERANCE * limit:
+        if step == 0:
+            raise _unreachable(goal, best.achieved, before, limit)
         raise PassError(
             f"low-rank: --to {goal}: {best.achieved:.4g} {goal.unit} (95 % from {best.low:.4g}) after {len(attempts)} "
             f"attempts, allowed {limit:.4g}, although smaller ranks exist; repeat on a quiet machine, or ask for less"
@@ -134,7 +133,7 @@ def reach(
         "limit": round(limit, 6),
         **best.figures,
         "over": round(max(0.0, best.achieved / limit - 1), 6),
-        "step": None if step is None else round(step, 6),
+        "step": round(step, 6),
         "attempts": [attempt.figures for attempt in attempts],
     }
     return Reached([picks[at][index] for at, index in enumerate(best.chosen)], figures)
@@ -160,8 +159,15 @@ def _achieved(attempt: _Attempt) -> float:
     return attempt.achieved
 
 
+def _unreachable(goal: Goal, smallest: float, before: float, limit: float) -> PassError:
+    return PassError(
+        f"low-rank: --to {goal} cannot be reached: the smallest ranks give {smallest:.4g} {goal.unit} of {before:.4g}, "
+        f"asked were {limit:.4g}; raise it, or lower min_width or skip less"
+    )
+
+
 def _options(
-    goal: Goal, ladders: Sequence[Ladder], context: Context, align: int, guard: float
+    goal: Goal, ladders: Sequence[Ladder], context: Context, rule: Select, align: int, guard: float
 ) -> tuple[list[tuple[Option, ...]], list[list[Pick | None]]]:
     """Options of every layer, dense first, and what each stands for."""
     picks: list[list[Pick | None]] = []
@@ -180,11 +186,15 @@ def _options(
     layers = [
         (
             Option(rank=0, cost=whole, loss=0.0),
-            *(Option(p.rank, _price(goal, p), float(p.way.losses[p.rank]), p.way.scheme) for p in found if p),
+            *(Option(p.rank, _price(goal, p), _loss(rule, p), p.way.scheme) for p in found if p),
         )
         for whole, found in zip(dense, picks, strict=True)
     ]
     return layers, picks
+
+
+def _loss(rule: Select, pick: Pick) -> float:
+    return float(pick.way.losses[pick.rank]) if rule == "energy" else pick.way.penalty(pick.rank)
 
 
 def _dense_cost(goal: Goal, way: Way) -> float:

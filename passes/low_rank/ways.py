@@ -1,13 +1,15 @@
 """The ways to write each layer: which ranks pay, and what each would lose, read from spectra without a forward pass.
 
 With the second moment G of a layer's inputs the loss of an approximation W' is its output error tr((W-W') G (W-W')^T);
-without, it is the squared error of the weight. Both relative to the layer's own energy, so that layers can be compared.
+without, it is the squared error of the weight. Both are shares of the layer's own energy. Between layers the square of
+that share counts, times how much the prediction depends on the layer: by the share itself a budget would be met by
+emptying two or three layers.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
@@ -28,6 +30,17 @@ class Way:
     factors: Factors
     losses: Tensor
     """(n + 1,) fp64: share of the layer's energy lost at rank 0, 1, ..., n."""
+    importance: float = 1.0
+    """Expected divergence of the prediction, in nats, if the layer lost all its energy; 1 where nothing is known."""
+
+    def penalty(self, rank: int) -> float:
+        """What a rank costs, comparable between layers.
+
+        Chosen on a CIFAR-10 ResNet without training, on training images that were not calibrated with, at half of the
+        MACs: 79.9 % with the squared share times importance, 79.7 % without importance, 79.6 % with the share itself;
+        at a quarter of the parameters 79.3, 77.6 and 77.7 %.
+        """
+        return self.importance * float(self.losses[rank]) ** 2
 
     @property
     def break_even(self) -> float:
@@ -54,8 +67,12 @@ class Way:
         return rank * schemes.rank_macs(self.candidate.layer, self.scheme, self.candidate.size)
 
     def pays(self, rank: int, guard: float) -> bool:
-        """Whether both factors are smaller by enough: at most `guard` of break-even, and below it."""
-        return rank <= guard * self.break_even and self.params(rank) < self.dense_params
+        """Whether both factors are smaller by enough, at most `guard` of break-even and below it, and cost no more.
+
+        Of a convolution with a stride the first of the spatial scheme still sees the full width.
+        """
+        smaller = rank <= guard * self.break_even and self.params(rank) < self.dense_params
+        return smaller and self.macs(rank) < self.dense_macs
 
     def ranks(self, align: int, guard: float) -> tuple[int, ...]:
         """Multiples of `align` that pay, ascending."""
@@ -64,7 +81,12 @@ class Way:
 
 
 def ways_of(
-    candidate: Candidate, objective: Objective, moments: Moments | None, allowed: Sequence[Scheme]
+    candidate: Candidate,
+    objective: Objective,
+    moments: Moments | None,
+    allowed: Sequence[Scheme],
+    *,
+    sensitivity: float | None = None,
 ) -> list[Way]:
     """Every allowed way to write the layer, each with the spectrum of all its ranks.
 
@@ -73,6 +95,8 @@ def ways_of(
         objective: what the factors shall keep; `moments` are needed unless it is `plain`.
         moments: of the layer's inputs. They are centred where the layer has a bias, which then corrects the mean.
         allowed: schemes of convolutions with kernels beyond 1 x 1; other layers have one way.
+        sensitivity: divergence of the prediction for each unit of the output's squared error, as from
+            slim/passes/sensitivity.py; none: all layers count the same.
 
     Raises:
         PassError: the second moment is not finite.
@@ -84,11 +108,14 @@ def ways_of(
     if moments is None:
         return [_plain(candidate, scheme) for scheme in wanted]
     moments = moments.expanded(layer.weight[0, 0].numel())
-    inputs = moments.covariance if layer.bias is not None else moments.second
+    inputs = moments.shrunk
+    if layer.bias is None:
+        inputs += moments.mean[:, :, None] * moments.mean[:, None, :]
     energy = factors.output_loss(schemes.matrices(layer, "channel"), inputs)
     if not energy > 0:
         raise PassError(f"low-rank: layer {candidate.name!r} puts out the same for every image; add it to skip")
-    return [_weighed(candidate, scheme, objective, inputs, energy) for scheme in wanted]
+    importance = 1.0 if sensitivity is None else sensitivity * energy
+    return [replace(_weighed(candidate, one, objective, inputs, energy), importance=importance) for one in wanted]
 
 
 def _plain(candidate: Candidate, scheme: Scheme) -> Way:

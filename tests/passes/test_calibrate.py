@@ -213,7 +213,7 @@ def test_without_kernel_positions_the_moments_are_those_of_the_input_channels() 
 
 def test_expanded_moments_are_those_of_independent_kernel_positions() -> None:
     x = draw(400, 1, 3).double()
-    moments = Moments(x[:, 0].T @ x[:, 0] / 400 * torch.ones(2, 1, 1), x.mean(0).repeat(2, 1), 400, taps=False)
+    moments = Moments(x[:, 0].T @ x[:, 0] / 400 * torch.ones(2, 1, 1), x.mean(0).repeat(2, 1), 400, taps=False, noise=torch.zeros(2, dtype=torch.double))
     wide = moments.expanded(4)
     assert wide.taps
     assert wide.n == 400
