@@ -124,7 +124,7 @@ class LowRank(Pass):
             if isinstance(pick, Pick):
                 layers[name] = _entry(pick)
             else:
-                dense[name] = pick or "the budget is better spent on it than saved"
+                dense[name] = pick or "the budget is met with less loss elsewhere"
         if not layers:
             rule = f"to {self.to}" if self.to else f"ratio {self.ratio}" if self.ratio else f"energy {self.energy}"
             reasons = sorted(set(dense.values())) or ["no Linear layer or convolution"]
@@ -319,7 +319,9 @@ def _fill(pair: nn.Sequential, pick: Pick, mean: Tensor | None) -> None:
 
 def _entry(pick: Pick) -> dict[str, JsonValue]:
     """What the plan says of one layer."""
-    timed: dict[str, JsonValue] = {"dense_ms": pick.dense_ms, "ms": pick.ms} if pick.ms is not None else {}
+    timed: dict[str, JsonValue] = {}
+    if pick.dense_ms is not None and pick.ms is not None:
+        timed = {"dense_ms": round(pick.dense_ms, 6), "ms": round(pick.ms, 6)}
     return {
         "scheme": pick.way.scheme,
         "rank": pick.rank,

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from slim.errors import PassError
 from slim.passes.low_rank.candidates import candidates
+from tests.contract import zoo
 from tests.contract.zoo import SIZE, artifact
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -70,6 +71,16 @@ def test_a_factored_layer_of_the_same_beginning_is_not_taken_for_the_pair() -> N
     model = nn.Sequential(nn.Linear(32, 32), nn.Sequential(nn.Linear(32, 32)))
     found, dense = candidates(model, (3, 8, 32), min_width=16, factored=frozenset({"1"}))
     assert ([one.name for one in found], dense) == (["0"], {"1.0": "factored by a step before"})
+
+
+def test_layers_that_share_a_weight_stay_for_two_pairs_would_not() -> None:
+    tied = zoo.tied(10, width=32).eval()
+    found, dense = candidates(tied, SIZE, min_width=16)
+    assert (found, dense["first"], dense["second"]) == ([], "its weight is shared", "its weight is shared")
+    # One layer in two places: only one of them would become a pair.
+    layer = nn.Linear(32, 32)
+    found, dense = candidates(nn.Sequential(layer, nn.Linear(32, 32), layer), (3, 8, 32), min_width=16)
+    assert ([one.name for one in found], dense) == (["1"], {"0": "its weight is shared"})
 
 
 def test_a_linear_layer_is_seen_with_all_dimensions_but_the_batch() -> None:

@@ -103,8 +103,8 @@ def test_greedy_loses_less_than_one_share_for_all() -> None:
     given = artifact("resnet")
 
     def lost(rule: Select) -> float:
-        _, _, plan = reached(given, LowRank(to="0.6x-macs", select=rule, **SMALL))
-        return sum(chosen["loss"] for chosen in plan["layers"].values())
+        _, _, plan = reached(given, LowRank(to="0.92x-macs", select=rule, **SMALL))
+        return sum(chosen["loss"] ** 2 for chosen in plan["layers"].values())
 
     assert lost("greedy") < lost("uniform")
     assert lost("knapsack") <= lost("greedy") + 1e-5  # bins are finer than any cost here
@@ -174,36 +174,49 @@ def test_what_is_measured_needs_a_target(to: str) -> None:
 # Measured on the exported file
 
 
-def meter_of(given: Artifact, folder: Path, batch: int = 1) -> TargetMeter:
-    return TargetMeter(Target.parse(f"ort:cpu,threads=1,batch={batch}"), given.backbone.input, None, folder)
+class Wide(nn.Module):
+    """16 tokens through layers large enough for their ranks to show in the time."""
 
+    def __init__(self, num_classes: int) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 256, 8, stride=8)
+        self.up, self.down = nn.Linear(256, 640), nn.Linear(640, 256)
+        self.mix, self.out = nn.Linear(256, 256), nn.Linear(256, 256)
+        self.head = nn.Linear(256, num_classes)
 
-def test_a_budget_of_bytes_is_one_of_the_file(tmp_path: Path) -> None:
-    given = artifact("vit")
-    meter = meter_of(given, tmp_path)
-    step = LowRank(to="0.7x-size", **SMALL)
-    after, budget, _ = reached(given, step, Context(meter=meter))
-    assert (budget["unit"], budget["before"]) == ("bytes", meter.size(given).value)
-    found = meter.size(after).value
-    assert found <= budget["limit"] == pytest.approx(0.7 * meter.size(given).value)
-    # Values are other ones afterwards, and compress no better: the file is not compressed.
-    assert found == pytest.approx(budget["achieved"], rel=1e-3)
-    # The last attempt is close enough, or there was none closer: the smallest step is a few hundred bytes.
-    assert found > CLOSE * budget["limit"]
+    def forward(self, images: Tensor) -> Tensor:
+        tokens = self.stem(images).flatten(2).mT
+        tokens = self.out(self.mix(self.down(self.up(tokens).relu()).relu()).relu())
+        logits: Tensor = self.head(tokens.mean(1))
+        return logits
 
-
-WIDE_NET = Backbone(
-    name="vit_tiny_patch16_224",
-    kwargs={"img_size": 32, "patch_size": 8, "embed_dim": 192, "depth": 2, "num_heads": 3},
-    num_classes=10,
-    input=Preprocessing(size=SIZE, crop=1.0),
-)
-QUICK = latency.Protocol(sessions=3, rounds=6, calls=2, warm_up=1)
+    def get_classifier(self) -> nn.Module:
+        return self.head
 
 
 @pytest.fixture(scope="module")
 def wide() -> Artifact:
-    return Artifact.of(WIDE_NET.build(seed=1), WIDE_NET)
+    place = "tests.passes.low_rank.test_reach:Wide"
+    chosen = Backbone(name=place, num_classes=10, input=Preprocessing(size=SIZE, crop=1.0))
+    return Artifact.of(chosen.build(seed=1, trust=True), chosen, trust=True)
+
+
+def meter_of(given: Artifact, folder: Path, batch: int = 1) -> TargetMeter:
+    return TargetMeter(Target.parse(f"ort:cpu,threads=1,batch={batch}"), given.backbone.input, None, folder)
+
+
+def test_a_budget_of_bytes_is_one_of_the_file(wide: Artifact, tmp_path: Path) -> None:
+    meter = meter_of(wide, tmp_path)
+    after, budget, _ = reached(wide, LowRank(to="0.7x-size", **BLIND), Context(meter=meter))
+    assert (budget["unit"], budget["before"]) == ("bytes", meter.size(wide).value)
+    assert budget["limit"] == pytest.approx(0.7 * meter.size(wide).value)
+    assert meter.size(after).value == budget["achieved"] <= budget["limit"]
+    # The layers weigh 4 bytes a value; what else is in the file, two nodes for one among it, is little.
+    assert budget["achieved"] == pytest.approx(budget["predicted"], rel=0.01)
+    assert budget["achieved"] > CLOSE * budget["limit"]
+
+
+QUICK = latency.Protocol(sessions=3, rounds=6, calls=2, warm_up=1, max_rounds=24)
 
 
 @pytest.fixture(scope="module")
@@ -247,9 +260,8 @@ def test_the_plan_says_what_every_layer_took_and_takes(faster: tuple[Artifact, d
         assert set(chosen) == {"scheme", "rank", "full", "break_even", "loss", "dense_ms", "ms"}
         assert 0 < chosen["ms"] < chosen["dense_ms"]
         assert chosen["rank"] % 8 == 0
-    # Layers of one shape are timed once, so they took the same.
-    took = {(chosen["full"], chosen["break_even"], chosen["dense_ms"]) for chosen in plan["layers"].values()}
-    assert len(took) == len({one[:2] for one in took})
+    # Layers of one shape are timed once.
+    assert len({plan["layers"][name]["dense_ms"] for name in ("mix", "out") if name in plan["layers"]}) <= 1
 
 
 def test_a_share_that_is_far_too_small_is_an_error_before_anything_is_built(
@@ -276,8 +288,8 @@ class Stub:
 
     target = "stub"
 
-    def __init__(self, ratio: float) -> None:
-        self.ratio, self.asked = ratio, 0
+    def __init__(self, ratio: float, falling: float = 0.0) -> None:
+        self.ratio, self.falling, self.asked = ratio, falling, 0
         self.entries: list[tuple[nn.Module, tuple[int, ...]]] = []
 
     def table(self, modules: Sequence[tuple[nn.Module, tuple[int, ...]]]) -> list[Measurement]:
@@ -290,8 +302,8 @@ class Stub:
 
     def compare(self, candidate: Any, reference: Any, *, limit: float | None = None) -> Measurement:
         assert limit == 0.8
+        value = self.ratio - self.falling * self.asked
         self.asked += 1
-        value = self.ratio
         return Measurement(metric="ratio", value=value, unit="ratio", low=value - 0.01, high=value + 0.01)
 
 
@@ -306,11 +318,11 @@ def test_a_budget_that_is_missed_although_smaller_ranks_exist_is_an_error() -> N
 
 
 def test_the_smallest_ranks_of_all_that_still_miss_cannot_reach_it() -> None:
-    stub = Stub(0.9)
-    # One tile only: there is one network to choose.
+    stub = Stub(0.9, falling=0.01)
+    # One tile each, so it is soon at the smallest.
     step = LowRank(to="0.8x-latency", align=16, min_width=16, guard=0.7, **BLIND)
     with pytest.raises(
-        PassError, match=r"^low-rank: --to 0\.8x-latency cannot be reached: the smallest ranks give 0\.9 ms"
+        PassError, match=r"^low-rank: --to 0\.8x-latency cannot be reached: the smallest ranks give 0\.8\d* ms"
     ):
         step(artifact("vit"), Context(meter=stub))  # type: ignore[arg-type]
 
