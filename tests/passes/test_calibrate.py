@@ -213,7 +213,13 @@ def test_without_kernel_positions_the_moments_are_those_of_the_input_channels() 
 
 def test_expanded_moments_are_those_of_independent_kernel_positions() -> None:
     x = draw(400, 1, 3).double()
-    moments = Moments(x[:, 0].T @ x[:, 0] / 400 * torch.ones(2, 1, 1), x.mean(0).repeat(2, 1), 400, taps=False, noise=torch.zeros(2, dtype=torch.double))
+    moments = Moments(
+        x[:, 0].T @ x[:, 0] / 400 * torch.ones(2, 1, 1),
+        x.mean(0).repeat(2, 1),
+        400,
+        taps=False,
+        noise=torch.zeros(2, dtype=torch.double),
+    )
     wide = moments.expanded(4)
     assert wide.taps
     assert wide.n == 400
@@ -273,3 +279,45 @@ def test_the_network_is_left_as_it_was_and_every_batch_is_told() -> None:
     assert not model.get_submodule("layer1.0").training
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert not any(module._forward_pre_hooks or module._forward_hooks for module in model.modules())
+
+
+def independent(images: int, width: int = 8, rows: int = 5) -> Tensor:
+    """(images * rows, width): inputs that have nothing to do with each other; all rows of an image are the same."""
+    return draw(images, 1, width, seed=3).expand(images, rows, width).reshape(-1, width)
+
+
+def noise_of(x: Tensor, images: int) -> float:
+    layer = nn.Sequential(nn.Linear(x.shape[1], 2))
+    batches = x.reshape(images, -1, x.shape[1]).split(7)
+    return float(collect(layer, ["0"], batches, images=images, memory_gb=1)["0"].noise)
+
+
+def test_covariances_of_inputs_that_have_nothing_to_do_with_each_other_are_noise() -> None:
+    # Each squared covariance is 1 / images on average, all of it noise; the estimate wavers with 28 pairs.
+    assert noise_of(independent(40), 40) > 0.7
+
+
+def test_covariances_that_every_image_has_are_no_noise() -> None:
+    x = independent(40)
+    together = x[:, :1].expand(-1, 8) + 0.1 * x  # one thing seen eight times
+    assert noise_of(together, 40) < 0.15
+    assert noise_of(together, 40) > 1 / 80  # 40 images are no more than 40, however many rows they have
+
+
+def test_shrinking_leaves_variances_and_takes_the_noise_from_the_rest() -> None:
+    covariance = torch.tensor([[[2.0, 1.0], [1.0, 3.0]]], dtype=torch.double)
+    mean = torch.tensor([[1.0, -1.0]], dtype=torch.double)
+    second = covariance + mean[:, :, None] * mean[:, None, :]
+    moments = Moments(second, mean, 10, taps=True, noise=torch.tensor([0.25], dtype=torch.double))
+    expected = torch.tensor([[[2.0, 0.75], [0.75, 3.0]]], dtype=torch.double)
+    torch.testing.assert_close(moments.shrunk, expected, rtol=0, atol=1e-12)
+    torch.testing.assert_close(moments.covariance, covariance, rtol=0, atol=1e-12)
+    assert torch.equal(moments.second, second)
+
+
+def test_noise_does_not_depend_on_how_batches_are_cut() -> None:
+    x = draw(30, 4, 6, seed=5)
+    layer = nn.Sequential(nn.Linear(6, 2))
+    cuts = [collect(layer, ["0"], x.split(size), images=30, memory_gb=1)["0"].noise for size in (1, 4, 30)]
+    for one in cuts[1:]:
+        torch.testing.assert_close(one, cuts[0], rtol=1e-5, atol=1e-7)  # sums in fp32

@@ -155,18 +155,19 @@ def test_components_follow_their_gates_in_every_group() -> None:
     (way,) = ways_of(Candidate("0", layer, (8, 3, 3), 1), "plain", None, ())
     gates = torch.tensor([0.1, 0.0, -0.7, 0.3, 0.2, 0.5, 0.0, 0.4], dtype=torch.double)
     found = ordered(way, gates)
-    scale = float(way.factors.spectrum.square().sum().sqrt())
     sorted_gates = torch.tensor([[0.7, 0.3, 0.1, 0.0], [0.5, 0.4, 0.2, 0.0]], dtype=torch.double)
-    torch.testing.assert_close(found.factors.spectrum / scale, sorted_gates)
     for rank in range(5):
         kept = sorted_gates.clone()
         kept[:, rank:] = 0
         left_out = 1 - float(kept.square().sum() / sorted_gates.square().sum())
         assert float(found.losses[rank]) == pytest.approx(left_out, abs=1e-12)
-    # At full rank the pair computes what the gated layer did, the sign of a gate included.
-    a, b = found.factors.pair(4)
-    expected = way.factors.left * gates.view(2, 1, 4) * scale @ way.factors.right
-    torch.testing.assert_close(a @ b, expected, rtol=0, atol=1e-12)
+    # The components themselves are as the spectrum has them: gates choose, and shrink nothing.
+    order = torch.tensor([[2, 3, 0, 1], [1, 3, 0, 2]])
+    for rank in range(5):
+        kept = torch.zeros(2, 4, dtype=torch.double).scatter(1, order[:, :rank], 1.0)
+        a, b = found.factors.pair(rank)
+        expected = way.factors.left * (kept * way.factors.spectrum)[:, None, :] @ way.factors.right
+        torch.testing.assert_close(a @ b, expected, rtol=0, atol=1e-12)
 
 
 def test_a_layer_all_of_whose_gates_closed_loses_nothing_at_any_rank() -> None:
