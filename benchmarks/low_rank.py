@@ -84,7 +84,7 @@ def arms(network: Network, budget: str) -> dict[str, tuple[Pass, ...]]:
     """What is done to the network, by the name of its file."""
     whole = LowRank(to=budget, **network.settings)
     if budget.endswith("latency"):
-        return {"repaired": (whole,), "recovered": (whole, Distill(**network.recover))}
+        return {"repaired": (whole,)}
     found: dict[str, tuple[Pass, ...]] = {
         "plain-uniform": (LowRank(to=budget, **network.settings, **PLAIN),),
         "whitened-uniform": (LowRank(to=budget, select="uniform", repair="none", **network.settings),),
@@ -158,9 +158,8 @@ def main() -> None:
                 loading=Loading(batch_size=network.batch_size),
             )
             todo: dict[str, tuple[Pass, ...]] = {"dense": ()}
-            if network.finetune:
-                todo["dense-finetuned"] = (Finetune(**network.finetune),)
-            todo["dense-recovered"] = (Distill(**network.recover),)
+            # As many epochs more for the dense network, in the way that it can be trained.
+            todo["dense-trained"] = (Finetune(**network.finetune) if network.finetune else Distill(**network.recover),)
             for metric, shares in (("params", network.shares), ("latency", network.shares_of_latency)):
                 for share in shares:
                     for arm, passes in arms(network, f"{share}x-{metric}").items():

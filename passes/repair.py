@@ -239,7 +239,8 @@ class _Refit:
                 z = F.pad(z, (0, 1), value=1.0)
             y = target.double().reshape(len(target), groups, -1).movedim(1, 0)
             r = y - z @ weight.mT
-            middle = z.shape[1] // len(span) * (len(span) // 2)  # rows of one image stay together: they are alike
+            # Rows of one image stay together, for they are alike; the odd image goes to one half, then to the other.
+            middle = z.shape[1] // len(span) * ((len(span) + span.start % 2) // 2)
             for half, part in enumerate((slice(middle), slice(middle, None))):
                 gram[half] += z[:, part].mT @ z[:, part]
                 cross[half] += r[:, part].mT @ z[:, part]

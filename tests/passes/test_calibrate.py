@@ -318,6 +318,6 @@ def test_shrinking_leaves_variances_and_takes_the_noise_from_the_rest() -> None:
 def test_noise_does_not_depend_on_how_batches_are_cut() -> None:
     x = draw(30, 4, 6, seed=5)
     layer = nn.Sequential(nn.Linear(6, 2))
-    cuts = [collect(layer, ["0"], x.split(size), images=30, memory_gb=1)["0"].noise for size in (1, 4, 30)]
+    cuts = [collect(layer, ["0"], torch.split(x, size), images=30, memory_gb=1)["0"].noise for size in (1, 4, 30)]
     for one in cuts[1:]:
         torch.testing.assert_close(one, cuts[0], rtol=1e-5, atol=1e-7)  # sums in fp32

@@ -26,7 +26,7 @@ from tests.contract.zoo import BLIND, SIZE, artifact
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 RULES: tuple[Select, ...] = get_args(Select)
-SPENT = "the budget is better spent on it than saved"
+SPENT = "the budget is met with less loss elsewhere"
 SMALL: dict[str, Any] = {"align": 2, "min_width": 16, **BLIND}
 
 
