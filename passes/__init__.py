@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 PASSES: dict[str, tuple[str, str, str]] = {
     "distill": ("slim.passes.distill", "Distill", "Learn from a teacher, without labels."),
     "finetune": ("slim.passes.finetune", "Finetune", "Train every value on labelled images."),
-    "low-rank": ("slim.passes.low_rank", "LowRank", "Factor Linear layers and 1x1 convolutions by truncated SVD."),
+    "low-rank": ("slim.passes.low_rank", "LowRank", "Write layers as two thinner ones, with ranks for a budget."),
     "merge": (
         "slim.passes.merge",
         "Merge",
