@@ -128,7 +128,7 @@ def test_digest_covers_the_structure_and_not_what_was_noted(made: Artifact) -> N
 
     assert with_step(seed=9, metrics={"loss": 1.0}, digests={}, environment={}) == made.digest
     assert with_step(plan={**made.history[0].plan, "more": 1}) != made.digest
-    assert with_step(version=2) != made.digest
+    assert with_step(version=3) != made.digest
     smaller = made.backbone.model_copy(update={"input": Preprocessing(size=(3, 64, 64))})
     assert dataclasses.replace(made, backbone=smaller).digest != made.digest
 

@@ -20,7 +20,7 @@ from slim.errors import PassError
 from slim.passes.low_rank import schemes
 from slim.passes.low_rank.schemes import Layer
 
-SQUEEZES = ("SqueezeExcite", "SEModule", "EffectiveSEModule", "SEWithNorm")
+SQUEEZES = ("SqueezeExcite", "SEModule", "EffectiveSEModule", "SqueezeExciteCl")
 """timm's squeeze-and-excitation: its two layers see one position of each image, and cost next to no time."""
 
 

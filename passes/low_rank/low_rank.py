@@ -28,7 +28,8 @@ from slim.passes.calibrate import Moments
 from slim.passes.low_rank import factors, gates, schemes
 from slim.passes.low_rank.candidates import Candidate, candidates
 from slim.passes.low_rank.factors import Objective
-from slim.passes.low_rank.reach import Ladder, Pick, Select, cost_of, reach
+from slim.passes.low_rank.offers import Ladder, Pick, Select
+from slim.passes.low_rank.reach import cost_of, reach
 from slim.passes.low_rank.schemes import Layer, Scheme
 from slim.passes.low_rank.ways import Way, ways_of
 from slim.passes.sensitivity import sensitivities

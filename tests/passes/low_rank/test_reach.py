@@ -20,7 +20,8 @@ from slim.errors import PassError
 from slim.export.target import Target
 from slim.measurement import Measurement
 from slim.passes.low_rank import LowRank, schemes
-from slim.passes.low_rank.reach import CLOSE, TIMED_RANKS, Select
+from slim.passes.low_rank.offers import TIMED_RANKS, Select
+from slim.passes.low_rank.reach import CLOSE
 from tests.contract.zoo import BLIND, SIZE, artifact
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -292,7 +293,7 @@ class Stub:
         self.ratio, self.falling, self.asked = ratio, falling, 0
         self.entries: list[tuple[nn.Module, tuple[int, ...]]] = []
 
-    def table(self, modules: Sequence[tuple[nn.Module, tuple[int, ...]]]) -> list[Measurement]:
+    def table(self, modules: Sequence[tuple[nn.Module, tuple[int, ...]]], *, network_bytes: int) -> list[Measurement]:
         self.entries = [*modules]
         sizes = [sum(value.numel() for value in layer.parameters()) for layer, _ in modules]
         return [Measurement(metric="layer_ms", value=size / 1e5, unit="ms") for size in sizes]
