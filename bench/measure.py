@@ -101,20 +101,12 @@ class TargetMeter:
             ),
         )
 
-    def table(self, modules: Sequence[tuple[nn.Module, tuple[int, ...]]], *, network_bytes: int) -> list[Measurement]:
+    def table(self, modules: Sequence[tuple[nn.Module, tuple[int, ...]]]) -> list[Measurement]:
         """Time in ms of each module alone, with inputs of the given shape (without batch); see slim/bench/table.py."""
-        names = [("layer", str(network_bytes), *key(entry)) for entry in modules]
-        fresh = {name: entry for name, entry in zip(names, modules, strict=True) if name not in self._answers}
-        found = layer_table(
-            [*fresh.values()],
-            self.on,
-            self.folder,
-            network_bytes=network_bytes,
-            seed=self.seed,
-            progress=self.progress,
-        )
-        self._answers.update(zip(fresh, found, strict=True))
-        return [cast(Measurement, self._answers[name]) for name in names]
+        fresh = {key(entry): entry for entry in modules if ("layer", *key(entry)) not in self._answers}
+        found = layer_table([*fresh.values()], self.on, self.folder, seed=self.seed, progress=self.progress)
+        self._answers.update({("layer", *name): one for name, one in zip(fresh, found, strict=True)})
+        return [cast(Measurement, self._answers["layer", *key(entry)]) for entry in modules]
 
     def accuracy(self, model: Artifact | nn.Module) -> Measurement:
         """Top-1 in percent on the validation split.

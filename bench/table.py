@@ -3,8 +3,7 @@
 Every layer is a file of its own, made by the exporter that writes the whole network, so the runtime sees the operators
 it will see there. A layer alone also pays for bringing its input and output into the form the runtime computes in,
 which inside a network neighbours share: the options of one layer pay the same, so their differences can be trusted,
-while the sum over layers is above the network. And a layer alone would find its weights in the nearest cache, where a
-network of some size never has them: before each call as much other memory is read as the network has values.
+while the sum over layers is above the network.
 """
 
 from __future__ import annotations
@@ -48,8 +47,6 @@ FASTEST = 0.25
 On two cores beside other work, 60 sessions each of five layers of 0.02 to 1.2 ms: values of six rounds of 10 calls
 spread by 0.6 to 2.5 % (sd) with this quantile, by 0.6 to 2.8 % with the median.
 """
-MOST_EVICTED = 32_000_000
-"""Bytes read before a call: beyond the caches of one core more of them only takes time."""
 GROUP_BYTES = 200_000_000
 """Values in one export. Tracing costs half a second however little there is to trace, so layers share it."""
 
@@ -60,19 +57,13 @@ def key(entry: Entry) -> tuple[str, str]:
 
 
 def layer_table(
-    entries: Sequence[Entry],
-    target: Target,
-    folder: Path,
-    *,
-    network_bytes: int,
-    seed: int,
-    progress: Progress = no_progress,
+    entries: Sequence[Entry], target: Target, folder: Path, *, seed: int, progress: Progress = no_progress
 ) -> list[Measurement]:
     """Time in ms of one call of each layer alone, at the target's batch, in the order of `entries`.
 
     Equal entries are measured once. Values play no part: every layer is timed with random ones, and is left as it was.
     All layers are timed in the same rounds, in random order; a value is the median over rounds, its interval their
-    range. `samples` holds the rounds. `network_bytes`: of the values of the network that the layers are from.
+    range. `samples` holds the rounds.
 
     Raises:
         MissingExtra: the target's runtime is not installed.
@@ -88,8 +79,7 @@ def layer_table(
             for entry, path in zip(group, _export(group, folder, seed), strict=True):
                 paths[key(entry)] = path
             advance(len(group), "exported")
-        evicted = min(network_bytes, MOST_EVICTED)
-        timings = _timings([paths[name] for name in distinct], target, evicted, seed, lambda: advance(1, "timed"))
+        timings = _timings([paths[name] for name in distinct], target, seed, lambda: advance(1, "timed"))
     known = environment.describe()
     found = {name: _measurement(rounds, name, target, known) for name, rounds in zip(distinct, timings, strict=True)}
     return [found[key(entry)] for entry in entries]
@@ -158,9 +148,7 @@ def _filled(layer: nn.Module, generator: torch.Generator) -> nn.Module:
     return filled
 
 
-def _timings(
-    paths: Sequence[Path], target: Target, evicted: int, seed: int, timed: Callable[[], None]
-) -> NDArray[np.float64]:
+def _timings(paths: Sequence[Path], target: Target, seed: int, timed: Callable[[], None]) -> NDArray[np.float64]:
     """(files, rounds) ms."""
     order = np.random.default_rng(seed)
     timings = np.empty((len(paths), ROUNDS))
@@ -169,8 +157,7 @@ def _timings(
             for index in order.permutation(len(paths)):
                 worker.open(paths[index], batch=target.batch, seed=seed)
                 affordable = int(ROUND_MS / min(worker.run(WARM_UP).wall_ms))
-                wanted = min(CALLS, max(affordable, FEWEST_CALLS))
-                calls = worker.run(wanted, evict_bytes=evicted).wall_ms
+                calls = worker.run(min(CALLS, max(affordable, FEWEST_CALLS))).wall_ms
                 timings[index, number] = np.quantile(calls, FASTEST)
                 timed()
     return timings

@@ -24,8 +24,6 @@ from typing import Any, Self
 import slim
 from slim.errors import SlimError, UsageError
 
-LINE = 8
-"""Numbers of eight bytes in a line of the caches: reading one of them fetches all."""
 STDERR_TAIL = 400
 """Characters of a dead worker's last words that go into the error."""
 
@@ -109,13 +107,9 @@ class Worker:
         self._path = path
         self._ask(op="open", path=str(path), threads=self._threads, batch=batch, seed=seed)
 
-    def run(self, calls: int, *, warm_up: int = 0, evict_bytes: int = 0) -> Calls:
-        """`warm_up` calls that are not recorded, then `calls` that are.
-
-        Before each recorded one, so many bytes of other memory are read, which push what the call needs out of the
-        caches that are smaller.
-        """
-        reply = self._ask(op="run", calls=calls, warm_up=warm_up, evict_bytes=evict_bytes)
+    def run(self, calls: int, *, warm_up: int = 0) -> Calls:
+        """`warm_up` calls that are not recorded, then `calls` that are."""
+        reply = self._ask(op="run", calls=calls, warm_up=warm_up)
         return Calls(reply["wall_ms"], reply["cpu_ms"])
 
     def peak_memory_bytes(self) -> int | None:
@@ -194,8 +188,6 @@ class _Child:
     """The worker's own end: at most one open session, and the inputs staged for it."""
 
     session: Any = None
-    other: Any = None
-    """Memory read between calls."""
     feeds: dict[str, Any]
     outputs: list[str]
 
@@ -215,17 +207,12 @@ class _Child:
         self.session = session
         return {}
 
-    def run(self, *, calls: int, warm_up: int, evict_bytes: int) -> dict[str, Any]:
-        import numpy as np
-
+    def run(self, *, calls: int, warm_up: int) -> dict[str, Any]:
         call, outputs, feeds = self.session.run, self.outputs, self.feeds
-        if self.other is None or evict_bytes // 8 != len(self.other):
-            self.other = np.ones(evict_bytes // 8)
         for _ in range(warm_up):
             call(outputs, feeds)
         wall_ms, cpu_ms = [], []
         for _ in range(calls):
-            self.other[::LINE].sum()
             cpu, wall = time.process_time_ns(), time.perf_counter_ns()
             call(outputs, feeds)
             wall_ms.append((time.perf_counter_ns() - wall) / 1e6)

@@ -70,11 +70,10 @@ class Meter(Protocol):
         Measured longer while the interval holds `limit`.
         """
 
-    def table(self, modules: Sequence[tuple[nn.Module, tuple[int, ...]]], *, network_bytes: int) -> list[Measurement]:
+    def table(self, modules: Sequence[tuple[nn.Module, tuple[int, ...]]]) -> list[Measurement]:
         """Time in ms of each module alone at the target's batch size, with inputs of the given shape without batch.
 
-        In the order of `modules`; equal ones are measured once. Their values play no part. They find the caches as a
-        network of `network_bytes` of values leaves them.
+        In the order of `modules`; equal ones are measured once. Their values play no part.
         """
 
     def accuracy(self, model: Artifact | nn.Module) -> Measurement:

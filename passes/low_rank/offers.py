@@ -97,13 +97,12 @@ def offers(
     align: int,
     guard: float,
     meter: Meter | None = None,
-    network_bytes: int = 0,
 ) -> Offers:
     """The choices of every layer; `meter` times them where the goal is in milliseconds, and is not asked otherwise."""
     picks = [[None, *_picks(goal, ladder, align, guard)] for ladder in ladders]
     if goal.timed:
         assert meter is not None  # the caller's: a goal in milliseconds needs a target
-        picks, dense = _timed(ladders, picks, meter, network_bytes)
+        picks, dense = _timed(ladders, picks, meter)
     else:
         dense = [_dense_cost(goal, ladder[0]) for ladder in ladders]
     options = [
@@ -155,7 +154,7 @@ def _cost(goal: Goal, pick: Pick) -> float:
 
 
 def _timed(
-    ladders: Sequence[Ladder], picks: Sequence[Sequence[Pick | None]], meter: Meter, network_bytes: int
+    ladders: Sequence[Ladder], picks: Sequence[Sequence[Pick | None]], meter: Meter
 ) -> tuple[list[list[Pick | None]], list[float]]:
     """The picks with their milliseconds, and the milliseconds of every dense layer, all its calls."""
     entries: list[tuple[nn.Module, tuple[int, ...]]] = []
@@ -165,7 +164,7 @@ def _timed(
         for pick in found:
             if pick is not None:
                 entries.append((schemes.factored(candidate.layer, pick.way.scheme, pick.rank), candidate.size))
-    milliseconds = iter(meter.table(entries, network_bytes=network_bytes))
+    milliseconds = iter(meter.table(entries))
     timed: list[list[Pick | None]] = []
     dense: list[float] = []
     for ladder, found in zip(ladders, picks, strict=True):

@@ -1,7 +1,8 @@
 """Ranks that reach what `--to` asks for: predicted layer by layer, then measured as a whole network.
 
-What is counted (parameters, multiply-accumulates) adds up exactly. Milliseconds do not quite: the table holds each
-layer alone, so the whole is built, exported and timed, and the predicted budget is moved until the measurement fits.
+What is counted (parameters, multiply-accumulates) adds up exactly. Milliseconds do not: the table holds each layer alone,
+with its weights in the nearest cache, where a network of some size never has them. So the whole is built, exported and
+timed, and what the table says is saved is scaled by how much of it, or how much more, the last network saved.
 """
 
 from __future__ import annotations
@@ -65,22 +66,21 @@ def reach(
     """
     before = cost_of(goal, model, context)
     limit = goal.limit_of(before)
-    values = 4 * costs.count_params(model)
-    found = offers(goal, ladders, rule=rule, align=align, guard=guard, meter=context.meter, network_bytes=values)
-    fixed = before - found.dense
-    budget = limit - fixed
+    found = offers(goal, ladders, rule=rule, align=align, guard=guard, meter=context.meter)
+    gain = 1.0
     attempts: list[_Attempt] = []
     for _ in range(ATTEMPTS if goal.metric in MEASURED else 1):
         try:
-            chosen = found.within(budget)
+            chosen = found.within(found.dense - (before - limit) / gain)
         except Unreachable as error:
-            if not attempts:
-                raise _unreachable(goal, error.smallest + fixed, before, limit) from error
-            chosen = found.cheapest
+            if goal.metric not in MEASURED:
+                raise _unreachable(goal, before - found.dense + error.smallest, before, limit) from error
+            chosen = found.cheapest  # the prediction may be wrong
         if chosen in [attempt.chosen for attempt in attempts]:
             break
-        network = build(found.chosen(chosen))
-        attempt = _Attempt(chosen, fixed + found.cost(chosen), *_measure(goal, network, model, before, context))
+        saved = found.dense - found.cost(chosen)
+        measured = _measure(goal, build(found.chosen(chosen)), model, before, context)
+        attempt = _Attempt(chosen, before - gain * saved, *measured)
         attempts.append(attempt)
         context.log.info(
             "low-rank: --to %s: predicted %.4g, achieved %.4g of %.4g %s allowed",
@@ -88,7 +88,8 @@ def reach(
         )
         if CLOSE * limit <= attempt.achieved <= limit:
             break
-        budget += limit - attempt.achieved  # a network a little larger or smaller is mispredicted by about as much
+        if saved > 0 and attempt.achieved < before:
+            gain = (before - attempt.achieved) / saved
     fitting = [attempt for attempt in attempts if attempt.achieved <= limit]
     best = max(fitting, key=_achieved) if fitting else min(attempts, key=_achieved)
     step = found.step_below(best.chosen)
@@ -106,6 +107,7 @@ def reach(
         "before": round(before, 6),
         "limit": round(limit, 6),
         **best.figures,
+        "gain": round(gain, 6),
         "over": round(max(0.0, best.achieved / limit - 1), 6),
         "step": round(step, 6),
         "attempts": [attempt.figures for attempt in attempts],

@@ -55,7 +55,7 @@ WIDE: list[Entry] = [
 
 @pytest.fixture(scope="module")
 def wide(tmp_path_factory: pytest.TempPathFactory) -> list[Measurement]:
-    return layer_table(WIDE, TARGET, tmp_path_factory.mktemp("wide"), network_bytes=0, seed=0)
+    return layer_table(WIDE, TARGET, tmp_path_factory.mktemp("wide"), seed=0)
 
 
 @pytest.mark.parametrize("dense", [0, 2], ids=["linear", "convolution"])
@@ -80,7 +80,7 @@ def test_figures_come_in_the_order_of_the_entries_and_equal_ones_are_measured_on
     # One layer with two inputs is two entries; shapes that alternate are still exported together.
     kinds: list[Entry] = [(nn.Linear(8, 16), (4, 8)), (nn.Linear(8, 16), (8,)), (nn.Linear(8, 32), (4, 8))]
     again: list[Entry] = [(nn.Linear(8, 32), (4, 8)), (nn.Linear(8, 16), (4, 8))]
-    found = layer_table([*kinds, *again], TARGET, tmp_path, network_bytes=0, seed=0)
+    found = layer_table([*kinds, *again], TARGET, tmp_path, seed=0)
     assert [(one.details["layer"], one.details["input"]) for one in found] == [
         (str(layer), str(shape)) for layer, shape in [*kinds, *again]
     ]
@@ -89,7 +89,7 @@ def test_figures_come_in_the_order_of_the_entries_and_equal_ones_are_measured_on
 
 
 def test_nothing_asked_is_nothing_measured(tmp_path: Path) -> None:
-    assert layer_table([], TARGET, tmp_path, network_bytes=0, seed=0) == []
+    assert layer_table([], TARGET, tmp_path, seed=0) == []
 
 
 class Network(nn.Module):
@@ -118,11 +118,7 @@ def test_a_layer_alone_has_the_operators_it_has_in_a_network(tmp_path: Path) -> 
     shapes = {"conv": (3, 16, 16), "conv_pair": (3, 16, 16), "linear": (256, 3), "linear_pair": (256, 3), "head": (3,)}
     (tmp_path / "table").mkdir()
     layer_table(
-        [(network.get_submodule(name), shape) for name, shape in shapes.items()],
-        TARGET,
-        tmp_path / "table",
-        network_bytes=0,
-        seed=0,
+        [(network.get_submodule(name), shape) for name, shape in shapes.items()], TARGET, tmp_path / "table", seed=0
     )
     # Those of two layers that share a shape were cut out of one graph.
     assert sorted(map(operators, files(tmp_path / "table"))) == sorted(sorted(expected[name]) for name in shapes)
@@ -134,7 +130,7 @@ def test_values_play_no_part_and_the_layer_is_left_as_it_was(tmp_path: Path) -> 
     with torch.no_grad():
         layer.weight.zero_()
     layer.train()
-    layer_table([(layer, (8,))], TARGET, tmp_path, network_bytes=0, seed=0)
+    layer_table([(layer, (8,))], TARGET, tmp_path, seed=0)
     assert not layer.weight.any()
     assert layer.training
     (path,) = files(tmp_path)
@@ -144,8 +140,8 @@ def test_values_play_no_part_and_the_layer_is_left_as_it_was(tmp_path: Path) -> 
 
 def test_it_is_timed_at_the_batch_of_the_target(tmp_path: Path) -> None:
     entry: Entry = (nn.Linear(256, 256), (16, 256))
-    (one,) = layer_table([entry], TARGET, tmp_path, network_bytes=0, seed=0)
-    (many,) = layer_table([entry], TARGET.model_copy(update={"batch": 32}), tmp_path, network_bytes=0, seed=0)
+    (one,) = layer_table([entry], TARGET, tmp_path, seed=0)
+    (many,) = layer_table([entry], TARGET.model_copy(update={"batch": 32}), tmp_path, seed=0)
     # 32 times the work in matrices that are larger already; what a call costs besides is small against 16 rows.
     assert many.value > 8 * one.value
 
@@ -155,7 +151,7 @@ def test_a_layer_that_does_not_take_its_shape_is_named_on_one_line(tmp_path: Pat
         r"^layers: 1 with inputs of \(9,\), from Sequential\( \(0\): Linear\(in_features=8.* as ONNX: \w+: .*9.*; leave"
     )
     with pytest.raises(SlimError, match=said) as caught:
-        layer_table([(linear_pair(8, 4, 8), (9,))], TARGET, tmp_path, network_bytes=0, seed=0)
+        layer_table([(linear_pair(8, 4, 8), (9,))], TARGET, tmp_path, seed=0)
     assert "\n" not in str(caught.value)
 
 
@@ -167,18 +163,16 @@ def test_progress_counts_exports_and_rounds(tmp_path: Path) -> None:
         yield lambda steps, note="": shown.append(steps)
         assert sum(shown) == total
 
-    layer_table(
-        [(nn.Linear(8, 8), (8,)), (nn.Linear(8, 4), (8,))], TARGET, tmp_path, network_bytes=0, seed=0, progress=progress
-    )
+    layer_table([(nn.Linear(8, 8), (8,)), (nn.Linear(8, 4), (8,))], TARGET, tmp_path, seed=0, progress=progress)
     assert shown == [2] + [1] * 2 * ROUNDS
 
 
 def test_the_meter_measures_only_what_it_was_not_asked_before(tmp_path: Path) -> None:
     meter: Meter = TargetMeter(TARGET, INPUT, None, tmp_path)
     small, large = (nn.Linear(8, 8), (8,)), (nn.Linear(8, 64), (8,))
-    first = meter.table([small, large], network_bytes=0)
+    first = meter.table([small, large])
     times = {path: path.stat().st_mtime_ns for path in files(tmp_path)}
-    again = meter.table([large, (nn.Linear(8, 16), (8,)), (nn.Linear(8, 8), (8,))], network_bytes=0)
+    again = meter.table([large, (nn.Linear(8, 16), (8,)), (nn.Linear(8, 8), (8,))])
     assert (again[0], again[2]) == (first[1], first[0])
     assert {path: path.stat().st_mtime_ns for path in times} == times
     assert len(files(tmp_path)) == 3

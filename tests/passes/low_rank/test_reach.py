@@ -293,7 +293,7 @@ class Stub:
         self.ratio, self.falling, self.asked = ratio, falling, 0
         self.entries: list[tuple[nn.Module, tuple[int, ...]]] = []
 
-    def table(self, modules: Sequence[tuple[nn.Module, tuple[int, ...]]], *, network_bytes: int) -> list[Measurement]:
+    def table(self, modules: Sequence[tuple[nn.Module, tuple[int, ...]]]) -> list[Measurement]:
         self.entries = [*modules]
         sizes = [sum(value.numel() for value in layer.parameters()) for layer, _ in modules]
         return [Measurement(metric="layer_ms", value=size / 1e5, unit="ms") for size in sizes]
