@@ -1,6 +1,6 @@
 """Writes docs/results.md from the JSON files in benchmarks/results/; a test holds the two together.
 
-python benchmarks/tables.py
+python -m benchmarks.tables
 """
 
 from __future__ import annotations
@@ -10,9 +10,12 @@ import statistics
 from pathlib import Path
 from typing import Any
 
+from benchmarks import low_rank_tables
+
 RESULTS = Path(__file__).parent / "results"
 PAGE = Path(__file__).parents[1] / "docs" / "results.md"
-CHART = PAGE.with_name("distillation.svg")
+CHARTS = {"distillation.svg": lambda: distillation_chart(), "low_rank.svg": low_rank_tables.chart}
+"""Drawings beside the page."""
 
 
 def read(name: str) -> Any:
@@ -155,7 +158,7 @@ def distillation() -> str:
     )
 
 
-def chart() -> str:
+def distillation_chart() -> str:
     """Top-1 of every arm and seed with its 95 % interval, as an SVG that follows the page's colours."""
     found = {path.stem: json.loads(path.read_text()) for path in sorted((RESULTS / "distillation").glob("*.json"))}
     low, high, left, width = 57.0, 68.0, 300, 380
@@ -252,12 +255,18 @@ def overheads() -> str:
 
 def page() -> str:
     head = (
-        "# What was measured\n\nMade by `benchmarks/tables.py` from `benchmarks/results/`. These machines are shared "
-        "and noisy: read\nthe ratios, which were taken side by side in one run, not the milliseconds."
+        "# What was measured\n\nMade by `python -m benchmarks.tables` from `benchmarks/results/`. These machines are "
+        "shared and noisy:\nread the ratios, which were taken side by side in one run, not the milliseconds."
     )
-    return "\n\n".join([head, mobilenetv2(), recovery(), distillation(), comparisons(), overheads()]) + "\n"
+    return (
+        "\n\n".join(
+            [head, low_rank_tables.section(), mobilenetv2(), recovery(), distillation(), comparisons(), overheads()]
+        )
+        + "\n"
+    )
 
 
 if __name__ == "__main__":
     PAGE.write_text(page())
-    CHART.write_text(chart())
+    for name, draw in CHARTS.items():
+        PAGE.with_name(name).write_text(draw())

@@ -1,8 +1,8 @@
 """Ranks that reach what `--to` asks for: predicted layer by layer, then measured as a whole network.
 
-What is counted (parameters, multiply-accumulates) adds up exactly. Milliseconds do not: the table holds each layer alone,
-with its weights in the nearest cache, where a network of some size never has them. So the whole is built, exported and
-timed, and what the table says is saved is scaled by how much of it, or how much more, the last network saved.
+What is counted (parameters, multiply-accumulates) adds up exactly. Milliseconds do not: the table holds each layer
+alone, with its weights in the nearest cache, where a network of some size never has them. So the whole is built,
+exported and timed, and what the table says is saved is scaled by what the last network really saved.
 """
 
 from __future__ import annotations
@@ -88,8 +88,8 @@ def reach(
         )
         if CLOSE * limit <= attempt.achieved <= limit:
             break
-        if saved > 0 and attempt.achieved < before:
-            gain = (before - attempt.achieved) / saved
+        if saved > 0:  # where nothing was saved, half of what was hoped for
+            gain = max((before - attempt.achieved) / saved, gain / 2)
     fitting = [attempt for attempt in attempts if attempt.achieved <= limit]
     best = max(fitting, key=_achieved) if fitting else min(attempts, key=_achieved)
     step = found.step_below(best.chosen)
