@@ -42,7 +42,7 @@ def main() -> None:
                 },
                 data={"source": f"tar:{data / 'imagenet-sample.tar'}", "split": "val=1"},
                 target="ort:cpu,threads=1",
-                passes=[LowRank(energy=energy)],
+                passes=[LowRank(energy=energy, objective="plain", repair="none", conv="none")],
                 guard=Guard(),
                 out=Path(folder) / "run",
             )

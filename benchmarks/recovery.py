@@ -51,7 +51,10 @@ def main() -> None:
                     "batch_size": 25,
                 },
                 target="ort:cpu,threads=1",
-                passes=[LowRank(energy=ENERGY), Distill(epochs=EPOCHS, freeze_norms=freeze)],
+                passes=[
+                    LowRank(energy=ENERGY, objective="plain", repair="none", conv="none"),
+                    Distill(epochs=EPOCHS, freeze_norms=freeze),
+                ],
                 guard=Guard(on=False),
                 out=Path(folder) / "run",
                 progress=bars,
