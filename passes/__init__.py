@@ -17,7 +17,7 @@ PASSES: dict[str, tuple[str, str, str]] = {
     "merge": (
         "slim.passes.merge",
         "Merge",
-        "Fold norms and scales into layers, and merge layers with nothing between.",
+        "Fold norms, scales and branches into layers; changes no output.",
     ),
 }
 """Word -> (module, class, one line of help). A literal, so that `slim --help` imports no pass."""

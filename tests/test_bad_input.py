@@ -324,7 +324,7 @@ PHASES = {
     "training": ("slim.passes.finetune", "label_loss", 2),
     "verifying": ("slim.verify", "outputs_sound", 1),
     "saving a step": ("safetensors.torch", "save", 1),
-    "exporting": ("slim.export.onnx", "_trace", 1),
+    "exporting": ("slim.export.onnx", "trace", 1),
     "timing": ("slim.bench.latency", "_Lockstep._session", 3),
     "planning": ("slim.passes.low_rank", "break_even", 3),
     "factoring": ("slim.passes.low_rank", "fill", 2),

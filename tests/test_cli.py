@@ -165,7 +165,7 @@ def test_show_tells_the_lineage_and_the_figures(call: Any, finished: Any) -> Non
     assert (said.code, said.err) == (0, "")
     assert "model     vit_tiny_patch16_224(img_size=32, patch_size=8, " in said.out
     assert re.search(r"^1 finetune \(guard off\) +1 +epochs=1 +0 +[0-9a-f]{12} +[0-9a-f]{12}$", said.out, re.MULTILINE)
-    assert re.search(r"^2 low-rank \(guard off\) +1 +ratio=0.2 ", said.out, re.MULTILINE)
+    assert re.search(r"^2 low-rank \(guard off\) +2 +ratio=0.2 ", said.out, re.MULTILINE)
     assert "notice: the guard was off" in said.out
     found = json.loads(call("show", "--json", root).out)
     assert [step["name"] for step in found["history"]] == ["finetune", "low-rank"]
