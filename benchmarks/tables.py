@@ -234,6 +234,15 @@ def overheads() -> str:
             f"| verify after {row['case']} | {row['verify_seconds']} s of {row['pass_seconds']} s, "
             f"{100 * row['share']:.0f} % | {row['limit_seconds']} s |"
         )
+    planned = read("low_rank_cost")
+    for row in planned["rows"]:
+        first = row["budget"]["attempts"][0]
+        off = abs(first["predicted"] / first["achieved"] - 1)
+        lines += [
+            f"| calibrate on {planned['images']} images and plan low-rank, {row['network']} | {row['seconds']:.0f} s, "
+            f"{row['peak_memory_gb']} GB | 300 s, 4 GB |",
+            f"| latency of {row['network']}, predicted from its layers, against measured | {100 * off:.1f} % | 10 % |",
+        ]
     return "\n".join(
         [
             *lines,
@@ -248,7 +257,7 @@ def overheads() -> str:
             f"{curve['tolerance']:.1g}.",
             "",
             f"Machine: {machine(verify)}. Scripts: `benchmarks/startup.py`, `training_loop.py`,",
-            "`distillation_step.py`, `verify_cost.py`.",
+            "`distillation_step.py`, `verify_cost.py`, `low_rank_cost.py`.",
         ]
     )
 
