@@ -38,7 +38,9 @@ on MobileNetV2's calibration images; the figures of its other images stood besid
 FINDINGS = """\
 - Smaller is not faster: a budget of parameters is best met in late layers, which see few positions and take little
   time. At a third of the parameters the ResNet keeps three quarters of its latency, where one share for all would keep
-  half. Ask for milliseconds: at 0.65 of the latency it lost 0.5 points without any training.
+  half. Ask for milliseconds: at 0.65 of the latency it lost 0.5 points without any training. Half of the latency is
+  close to the least that its layers can give: accuracy is lost there, and how much depends on how well the table was
+  timed (65 % here, 76 % in an earlier run).
 - PELA's claim, at most 0.6 points lost at a third fewer parameters, holds for both networks trained here before any
   training, and for the ViT down to a third. Uniform plain SVD fine-tuned on labels as long as `distill` trains loses
   more than `low-rank` and `distill` in every pair.
