@@ -24,6 +24,7 @@ from typing import Any
 import torch
 
 import slim
+from benchmarks.nets import mobilenetv2
 from slim import environment, pretrained, store
 from slim.artifact import Artifact
 from slim.bench.measure import TargetMeter
@@ -101,14 +102,7 @@ def begin(name: str) -> tuple[Artifact, Data]:
     """The dense network and its images."""
     data = Path(os.environ["SLIM_TEST_DATA"])
     if name == "mobilenetv2":
-        spec = ModelSpec.model_validate(
-            {
-                "name": "mobilenetv2_100",
-                "args": {"pad_type": "same"},
-                "weights": str(data / "mobilenetv2_100.safetensors"),
-                "input": {"mean": [0.5] * 3, "std": [0.5] * 3, "crop": 0.875, "interpolation": "bicubic"},
-            }
-        )
+        spec = ModelSpec.model_validate(mobilenetv2(data))
         images = open_data(f"tar:{data / 'imagenet-sample.tar'}", split="train=0.5,val=0.5", calib=250)
         started = pretrained.start(spec, images, seed=0, trust=False)
         assert started.data is not None

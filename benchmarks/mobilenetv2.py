@@ -1,6 +1,6 @@
 """The main job on a real ImageNet MobileNetV2 and 500 real images: plain low-rank, no training.
 
-    SLIM_TEST_DATA=/path python benchmarks/mobilenetv2.py     # writes benchmarks/results/mobilenetv2.json
+    SLIM_TEST_DATA=/path python -m benchmarks.mobilenetv2     # writes benchmarks/results/mobilenetv2.json
 
 Nothing is chosen on the images: plain SVD reads none. They come from the training split, so the figures compare a
 compressed network with the dense one and say nothing about ImageNet accuracy.
@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import slim
+from benchmarks.nets import mobilenetv2
 from slim import environment
 from slim.measurement import Measurement
 from slim.passes.low_rank import LowRank
@@ -34,12 +35,7 @@ def main() -> None:
     for energy in ENERGIES:
         with tempfile.TemporaryDirectory() as folder:
             run = slim.run(
-                model={
-                    "name": "mobilenetv2_100",
-                    "args": {"pad_type": "same"},
-                    "weights": str(data / "mobilenetv2_100.safetensors"),
-                    "input": {"mean": [0.5] * 3, "std": [0.5] * 3, "crop": 0.875, "interpolation": "bicubic"},
-                },
+                model=mobilenetv2(data),
                 data={"source": f"tar:{data / 'imagenet-sample.tar'}", "split": "val=1"},
                 target="ort:cpu,threads=1",
                 passes=[LowRank(energy=energy, objective="plain", repair="none", conv="none")],

@@ -1,6 +1,12 @@
-"""Networks for 32x32 images out of timm's own classes: timm lists none this small. Used with --trust."""
+"""The networks that several benchmarks share.
+
+Those for 32x32 images are made of timm's own classes, as timm lists none this small, and are used with --trust.
+"""
 
 from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
 
 from timm.models.resnet import BasicBlock, ResNet
 from timm.models.swin_transformer import SwinTransformer
@@ -73,3 +79,13 @@ def vit_small(num_classes: int, width: int = 128, depth: int = 4) -> nn.Module:
         nn.Conv2d(width // 2, width, 2, stride=2),
     )
     return model
+
+
+def mobilenetv2(data: Path) -> dict[str, Any]:
+    """The `model` of a recipe for the real ImageNet MobileNetV2 1.0 whose weights lie in the folder `data`."""
+    return {
+        "name": "mobilenetv2_100",
+        "args": {"pad_type": "same"},
+        "weights": str(data / "mobilenetv2_100.safetensors"),
+        "input": {"mean": [0.5] * 3, "std": [0.5] * 3, "crop": 0.875, "interpolation": "bicubic"},
+    }

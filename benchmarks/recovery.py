@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import slim
+from benchmarks.nets import mobilenetv2
 from slim import environment
 from slim.console import bars
 from slim.passes.distill import Distill
@@ -39,12 +40,7 @@ def main() -> None:
     for freeze in (True, False):
         with tempfile.TemporaryDirectory() as folder:
             run = slim.run(
-                model={
-                    "name": "mobilenetv2_100",
-                    "args": {"pad_type": "same"},
-                    "weights": str(data / "mobilenetv2_100.safetensors"),
-                    "input": {"mean": [0.5] * 3, "std": [0.5] * 3, "crop": 0.875, "interpolation": "bicubic"},
-                },
+                model=mobilenetv2(data),
                 data={
                     "source": f"tar:{data / 'imagenet-sample.tar'}",
                     "split": "train=0.5,val=0.5",

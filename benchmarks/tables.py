@@ -14,8 +14,6 @@ from benchmarks import low_rank_tables
 
 RESULTS = Path(__file__).parent / "results"
 PAGE = Path(__file__).parents[1] / "docs" / "results.md"
-CHARTS = {"distillation.svg": lambda: distillation_chart(), "low_rank.svg": low_rank_tables.chart}
-"""Drawings beside the page."""
 
 
 def read(name: str) -> Any:
@@ -273,6 +271,10 @@ def page() -> str:
         )
         + "\n"
     )
+
+
+CHARTS = {"distillation.svg": distillation_chart, "low_rank.svg": low_rank_tables.chart}
+"""Drawings beside the page."""
 
 
 if __name__ == "__main__":

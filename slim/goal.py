@@ -50,6 +50,11 @@ class Goal:
         """Whether the cost has to be measured on a target."""
         return self.metric == "latency"
 
+    @property
+    def measured(self) -> bool:
+        """Whether the cost is one of the exported file, which does not add up exactly from those of its layers."""
+        return self.metric in ("latency", "size")
+
     def limit_of(self, before: float) -> float:
         """Most that may be left of a network that costs `before`; both in `unit`."""
         if self.limit is not None:

@@ -76,3 +76,14 @@ def test_another_form_is_named_with_the_forms_there_are(text: str) -> None:
     with pytest.raises(ValueError, match=r"is no goal; give the share kept, as in 0.6x-latency") as caught:
         parse_goal(text)
     assert str(caught.value).startswith(repr(text))
+
+
+@pytest.mark.parametrize(
+    ("text", "measured", "timed"),
+    [("0.6x-latency", True, True), ("4ms", True, True), ("2.5MB", True, False), ("0.5x-size", True, False)]
+    + [("0.5x-params", False, False), ("300M-macs", False, False)],
+)
+def test_what_belongs_to_the_exported_file_is_measured_and_the_rest_counted(
+    text: str, measured: bool, timed: bool
+) -> None:
+    assert (parse_goal(text).measured, parse_goal(text).timed) == (measured, timed)

@@ -8,12 +8,13 @@ those whose weight the network reads without calling them.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from fnmatch import fnmatch
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from slim import surgery
 from slim.errors import PassError
@@ -101,19 +102,14 @@ def _inputs(
     """
     seen: dict[str, tuple[tuple[int, ...], int]] = {}
 
-    def watch(name: str) -> None:
-        def hook(module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+    def watch(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        def hook(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
             seen[name] = (tuple(inputs[0].shape[1:]), seen[name][1] + 1 if name in seen else 1)
 
-        hooks.append(model.get_submodule(name).register_forward_pre_hook(hook))
+        return hook
 
-    hooks: list[torch.utils.hooks.RemovableHandle] = []
-    try:
+    with ExitStack() as hooks, torch.inference_mode():
         for name in names:
-            watch(name)
-        with torch.inference_mode():
-            model(torch.zeros(1, *size))
-    finally:
-        for hook in hooks:
-            hook.remove()
+            hooks.enter_context(model.get_submodule(name).register_forward_pre_hook(watch(name)))
+        model(torch.zeros(1, *size))
     return seen

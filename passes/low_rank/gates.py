@@ -10,7 +10,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -25,7 +24,7 @@ from slim.distributed import world
 from slim.errors import PassError
 from slim.passes.low_rank import schemes
 from slim.passes.low_rank.factors import Factors
-from slim.passes.low_rank.ways import Way
+from slim.passes.low_rank.ways import Counted, Way
 from slim.training import Training
 
 DENSE_SHARE = 0.5
@@ -84,7 +83,7 @@ def close_gates(
     training: Training,
     context: Context,
     *,
-    metric: Literal["params", "macs"],
+    metric: Counted,
 ) -> tuple[list[Way], dict[str, JsonValue]]:
     """Train gates on the calibration images until those still open are within the budget.
 
@@ -107,9 +106,8 @@ def close_gates(
     assert context.backbone is not None  # Pass.__call__ set it
     ways = [min(ladder, key=lambda way: float(way.losses[int(way.break_even / 2)])) for ladder in ladders]
     # Of one gate; a rank is one in every group.
-    units = [way.macs(1) * way.candidate.calls if metric == "macs" else way.params(1) for way in ways]
-    costs = [unit / len(way.factors.spectrum) for unit, way in zip(units, ways, strict=True)]
-    dense = sum(way.dense_macs * way.candidate.calls if metric == "macs" else way.dense_params for way in ways)
+    costs = [way.cost(metric, 1) / len(way.factors.spectrum) for way in ways]
+    dense = sum(way.dense_cost(metric) for way in ways)
     whole = count(model, context.backbone.input.size)[metric]
     limit = max(whole * share - (whole - dense), 0.0)
 

@@ -104,7 +104,7 @@ class LowRank(Pass):
     @property
     def measures(self) -> bool:
         """Whether the budget is one of the exported file."""
-        return self.to is not None and parse_goal(self.to).metric in ("latency", "size")
+        return self.to is not None and parse_goal(self.to).measured
 
     def plan(self, model: nn.Module, context: Context) -> Plan:
         """Scheme and rank of every layer that pays, and for every other layer why it stays dense."""

@@ -130,27 +130,21 @@ def _loss(rule: Select, pick: Pick) -> float:
 
 
 def _dense_cost(goal: Goal, way: Way) -> float:
-    match goal.metric:
-        case "macs":
-            return way.dense_macs * way.candidate.calls
-        case "size":
-            return 4 * way.dense_params
-    return way.dense_params
+    return way.dense_cost("macs") if goal.metric == "macs" else _unit(goal) * way.dense_cost("params")
 
 
 def _cost(goal: Goal, pick: Pick) -> float:
-    way = pick.way
-    calls = way.candidate.calls
-    match goal.metric:
-        case "latency":
-            assert pick.ms is not None  # _timed set it
-            return pick.ms * calls
-        case "params":
-            return way.params(pick.rank)
-        case "macs":
-            return way.macs(pick.rank) * calls
-        case "size":
-            return 4 * way.params(pick.rank)
+    if goal.timed:
+        assert pick.ms is not None  # _timed set it
+        return pick.ms * pick.way.candidate.calls
+    if goal.metric == "macs":
+        return pick.way.cost("macs", pick.rank)
+    return _unit(goal) * pick.way.cost("params", pick.rank)
+
+
+def _unit(goal: Goal) -> int:
+    """Of the goal in one parameter: bytes of the file, or the parameter itself."""
+    return 4 if goal.metric == "size" else 1
 
 
 def _timed(

@@ -20,8 +20,6 @@ from slim.goal import Goal
 from slim.passes.low_rank.offers import Ladder, Pick, Select, offers
 from slim.passes.low_rank.select import Unreachable
 
-MEASURED = ("latency", "size")
-"""What does not add up exactly, and is measured on the exported file."""
 ATTEMPTS = 5
 """Networks built and measured to meet a budget that is measured."""
 TOLERANCE = 1.02
@@ -55,7 +53,7 @@ def reach(
         goal: what is to be reached, as a share of what `model` costs or absolutely.
         ladders: the ways of every layer that may be factored.
         model: the network as it is.
-        build: the network with the given picks, values unset.
+        build: the network with the given picks, with the values it will be repaired from.
         context: its meter times and exports.
         rule: how ranks are chosen; see slim/passes/low_rank/select.py.
         align: ranks are multiples of it.
@@ -69,11 +67,11 @@ def reach(
     found = offers(goal, ladders, rule=rule, align=align, guard=guard, meter=context.meter)
     gain = 1.0
     attempts: list[_Attempt] = []
-    for _ in range(ATTEMPTS if goal.metric in MEASURED else 1):
+    for _ in range(ATTEMPTS if goal.measured else 1):
         try:
             chosen = found.within(found.dense - (before - limit) / gain)
         except Unreachable as error:
-            if goal.metric not in MEASURED:
+            if not goal.measured:
                 raise _unreachable(goal, before - found.dense + error.smallest, before, limit) from error
             chosen = found.cheapest  # the prediction may be wrong
         if chosen in [attempt.chosen for attempt in attempts]:
@@ -150,7 +148,7 @@ def _meter(goal: Goal, context: Context) -> Meter:
 
 def cost_of(goal: Goal, model: nn.Module, context: Context) -> float:
     """What the network costs as it is."""
-    if goal.metric not in MEASURED:
+    if not goal.measured:
         assert context.backbone is not None  # Pass.__call__ set it
         return costs.count(model, context.backbone.input.size)[goal.metric]
     meter = _meter(goal, context)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Literal
 
 from torch import Tensor
 
@@ -19,6 +20,9 @@ from slim.passes.low_rank import factors, schemes
 from slim.passes.low_rank.candidates import Candidate
 from slim.passes.low_rank.factors import Factors, Objective
 from slim.passes.low_rank.schemes import Scheme
+
+Counted = Literal["params", "macs"]
+"""Costs that are counted, not measured."""
 
 
 @dataclass(frozen=True)
@@ -65,6 +69,14 @@ class Way:
     def macs(self, rank: int) -> int:
         """Multiply-accumulates of both factors for one image."""
         return rank * schemes.rank_macs(self.candidate.layer, self.scheme, self.candidate.size)
+
+    def cost(self, metric: Counted, rank: int) -> int:
+        """Of both factors in the whole network, where the layer may be called several times."""
+        return self.params(rank) if metric == "params" else self.macs(rank) * self.candidate.calls
+
+    def dense_cost(self, metric: Counted) -> int:
+        """Of the layer as it is, in the whole network."""
+        return self.dense_params if metric == "params" else self.dense_macs * self.candidate.calls
 
     def pays(self, rank: int, guard: float) -> bool:
         """Whether both factors are smaller by enough, at most `guard` of break-even and below it, and cost no more.
