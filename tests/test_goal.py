@@ -80,8 +80,14 @@ def test_another_form_is_named_with_the_forms_there_are(text: str) -> None:
 
 @pytest.mark.parametrize(
     ("text", "measured", "timed"),
-    [("0.6x-latency", True, True), ("4ms", True, True), ("2.5MB", True, False), ("0.5x-size", True, False)]
-    + [("0.5x-params", False, False), ("300M-macs", False, False)],
+    [
+        ("0.6x-latency", True, True),
+        ("4ms", True, True),
+        ("2.5MB", True, False),
+        ("0.5x-size", True, False),
+        ("0.5x-params", False, False),
+        ("300M-macs", False, False),
+    ],
 )
 def test_what_belongs_to_the_exported_file_is_measured_and_the_rest_counted(
     text: str, measured: bool, timed: bool
