@@ -14,11 +14,14 @@ PASSES: dict[str, tuple[str, str, str]] = {
     "distill": ("slim.passes.distill", "Distill", "Learn from a teacher, without labels."),
     "finetune": ("slim.passes.finetune", "Finetune", "Train every value on labelled images."),
     "low-rank": ("slim.passes.low_rank", "LowRank", "Write layers as two thinner ones, with ranks for a budget."),
+    "mask": ("slim.passes.mask", "Mask", "Set weights to zero in a 2:4 pattern; pays on sparse kernels alone."),
     "merge": (
         "slim.passes.merge",
         "Merge",
         "Fold norms, scales and branches into layers; changes no output.",
     ),
+    "prune": ("slim.passes.prune", "Prune", "Cut channels, hidden units and attention heads out, for a budget."),
+    "sparsify": ("slim.passes.sparsify", "Sparsify", "Train the channels that prune will cut towards zero."),
 }
 """Word -> (module, class, one line of help). A literal, so that `slim --help` imports no pass."""
 

@@ -71,7 +71,7 @@ class _Trial:
 
     def __init__(self, model: nn.Module, size: tuple[int, int, int]) -> None:
         self.images = torch.randn(2, *size, generator=torch.Generator().manual_seed(0))
-        self.networks = [copy.deepcopy(model), audible(model)]
+        self.networks = [copy.deepcopy(model), surgery.audible(model)]
         with torch.no_grad():
             self.expected = [network(self.images) for network in self.networks]
         self.left: Found = {}
@@ -124,17 +124,6 @@ class _Trial:
         except Exception:  # whatever a network can raise that reads an attribute of what is gone
             return False
         return all(map(surgery.close, found, self.expected))
-
-
-def audible(model: nn.Module) -> nn.Module:
-    """A copy with noise on values near zero: behind a fresh classifier or layer scale every merge would look exact."""
-    copied, generator = copy.deepcopy(model), torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for value in copied.parameters():
-            usual = value[0].numel() ** -0.5 if value.ndim > 1 else 0.1
-            if value.square().mean().sqrt() < usual / 10:
-                value.add_(torch.randn(value.shape, generator=generator), alpha=usual)
-    return copied
 
 
 def reparameterized(model: nn.Module) -> nn.Module:

@@ -10,6 +10,7 @@ Norms are expressed by the dense network's statistics on these images first: to 
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from typing import cast
@@ -19,6 +20,7 @@ import torch.nn.functional as F
 from pydantic import JsonValue
 from torch import Tensor, nn
 
+from slim import surgery
 from slim.contract import Progress, no_progress
 from slim.errors import PassError
 from slim.passes.calibrate import Layer, rows, thinned
@@ -40,6 +42,7 @@ def repair(
     refit: Mapping[str, str],
     images: Tensor,
     *,
+    kept: Mapping[str, Sequence[int]] | None = None,
     norms: bool = True,
     ridge: float = 1e-3,
     batch_size: int = 32,
@@ -52,7 +55,8 @@ def repair(
         dense: the network it came from; on the same device.
         refit: Linear layer or convolution in `model` -> module in `dense` that has its output. Input widths may differ.
         images: (n, C, H, W), as the network takes them.
-        norms: whether batch norms are matched: those with the same name and width in both, affine, with statistics.
+        kept: layer or norm in `model` -> channels of its output in `dense` that it still has; all where it is missing.
+        norms: whether batch norms are matched: those with the same name in both, affine, with statistics.
         ridge: what moving a weight costs, relative to the mean variance of the layer's inputs.
         batch_size: images that `dense` takes at once.
         progress: told after every batch and every correction.
@@ -67,11 +71,20 @@ def repair(
     """
     images = images.to(next(model.parameters()).device)
     spans = [range(at, min(at + batch_size, len(images))) for at in range(0, len(images), batch_size)]
-    shared = _shared_norms(model, dense) if norms else []
+    kept = kept or {}
+    shared = _shared_norms(model, dense, kept) if norms else []
     steady, steady_dense = _steady(model, [*refit, *shared], images), _steady(dense, [*refit.values(), *shared], images)
     left = [name for name, target in refit.items() if name not in steady or target not in steady_dense]
-    refits = {name: _Refit(name, model.get_submodule(name), spans, ridge) for name in refit if name not in left}
-    matches = {name: _Match(name, dense.get_submodule(name)) for name in shared if name in steady & steady_dense}
+    refits = {
+        name: _Refit(name, model.get_submodule(name), kept.get(name), spans, ridge)
+        for name in refit
+        if name not in left
+    }
+    matches = {
+        name: _Match(name, dense.get_submodule(name), kept.get(name))
+        for name in shared
+        if name in steady & steady_dense
+    }
     steps = len(images) + len(refits) + len(matches)
     with in_eval(dense), in_eval(model), progress("repair", steps) as advance:
         with ExitStack() as hooks:
@@ -209,8 +222,10 @@ class Spread:
 class _Refit:
     """One layer: what it should put out, and its values once it has seen its inputs."""
 
-    def __init__(self, name: str, layer: nn.Module, spans: Sequence[range], ridge: float) -> None:
-        self.name, self.layer, self.spans, self.ridge = name, cast(Layer, layer), spans, ridge
+    def __init__(
+        self, name: str, layer: nn.Module, kept: Sequence[int] | None, spans: Sequence[range], ridge: float
+    ) -> None:
+        self.name, self.layer, self.kept, self.spans, self.ridge = name, cast(Layer, layer), kept, spans, ridge
         self.wanted = -(-ROWS_PER_INPUT * self.layer.weight[0].numel() // spans[-1].stop)
         self.targets: list[Tensor] = []
         self.before = self.after = 0.0
@@ -221,7 +236,8 @@ class _Refit:
     def watch(self, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         """Keep what the dense layer puts out for the next span of images."""
         channels_last = output if isinstance(self.layer, nn.Linear) else output.movedim(1, -1)
-        self.targets.append(thinned(channels_last, self.spans[len(self.targets)], self.wanted))
+        seen = thinned(channels_last, self.spans[len(self.targets)], self.wanted)
+        self.targets.append(seen if self.kept is None else seen[:, self.kept])
 
     def correct(self, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         """Solve on the inputs for all images; set weight and bias."""
@@ -264,12 +280,16 @@ class _Refit:
 class _Match:
     """One batch norm: what its inputs are in the dense network, and its values once it has seen the compressed ones."""
 
-    def __init__(self, name: str, dense: nn.Module) -> None:
-        self.name, self.dense, self.expected = name, cast(Norm, dense), Spread()
+    def __init__(self, name: str, dense: nn.Module, kept: Sequence[int] | None) -> None:
+        self.name, self.expected = name, Spread()
+        self.dense = copy.deepcopy(cast(Norm, dense))
+        self.kept = slice(None) if kept is None else list(kept)
+        if kept is not None:
+            surgery.keep(self.dense, {key: {0: kept} for key, value in dense.state_dict().items() if value.ndim})
 
     def watch(self, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         """Count in what the dense norm sees."""
-        self.expected.add(inputs[0])
+        self.expected.add(inputs[0][:, self.kept])
 
     def correct(self, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         """Measure the inputs for all images; set every value."""
@@ -287,10 +307,12 @@ def _check(name: str, *values: Tensor) -> None:
         raise PassError(f"repair: {name!r} sees values that are not finite; check weights and images")
 
 
-def _shared_norms(model: nn.Module, dense: nn.Module) -> list[str]:
-    """Batch norms that both networks have, with as many channels."""
+def _shared_norms(model: nn.Module, dense: nn.Module, kept: Mapping[str, Sequence[int]]) -> list[str]:
+    """Batch norms that both networks have, with as many channels as are kept of the dense one's."""
     ours, theirs = _norms(model), _norms(dense)
-    return [name for name, width in ours.items() if theirs.get(name) == width]
+    return [
+        name for name, width in ours.items() if name in theirs and width == len(kept.get(name, range(theirs[name])))
+    ]
 
 
 def _norms(model: nn.Module) -> dict[str, int]:

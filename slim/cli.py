@@ -250,6 +250,27 @@ def show(folder: Path, trust: bool, as_json: bool, quiet: bool) -> None:
     commands.show(folder, trust=trust, as_json=as_json)
 
 
+@cli.command()
+@click.argument("folder", metavar="RUN|ARTIFACT", type=click.Path(path_type=Path))
+@click.option(
+    "--out",
+    metavar="FILE.svg",
+    type=click.Path(path_type=Path),
+    help="The picture. [default: layers.svg in the folder]",
+)
+@TRUST
+@shared
+def explain(folder: Path, out: Path | None, trust: bool, as_json: bool, quiet: bool) -> None:
+    """What was decided for each layer, and why, with a picture.
+
+    Beside it stands what the layer's kernels are like: the share that is nearly zero; H/T, their variety, above 1 as if
+    they were never trained; and how orthogonal its filters are, from 0 to 1.
+    """
+    from slim import commands
+
+    commands.explain(folder, out or folder / "layers.svg", trust=trust, as_json=as_json)
+
+
 @cli.command("eval")
 @click.argument("file", metavar="RUN|BUNDLE|FILE.onnx", type=click.Path(path_type=Path))
 @click.option("--data", metavar="SOURCE", help="Images, for a plain .onnx file, or others than the run's.")

@@ -8,9 +8,10 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,8 @@ from rich.table import Table
 
 from slim import console, environment, job, recipe, store
 from slim.artifact import Artifact, Preprocessing
-from slim.bench import budget, latency, wording
+from slim.bench import budget, latency, layers_chart, wording
+from slim.bench import explain as layers_of
 from slim.bench import gate as gates
 from slim.bench.measure import measure_accuracy, noise
 from slim.bench.report import to_console
@@ -39,6 +41,7 @@ from slim.measurement import Measurement
 from slim.options import input_of
 from slim.passes import PASSES, resolve
 from slim.pool import is_list, write_list
+from slim.pretrained import start
 from slim.recipe import Recipe
 from slim.runs import Run, open_run
 
@@ -124,6 +127,76 @@ def show(folder: Path, *, trust: bool, as_json: bool) -> None:
     if found and (found.root / "report.json").is_file():
         stdout.print()
         stdout.print(to_console(found.report))
+
+
+def explain(folder: Path, out: Path, *, trust: bool, as_json: bool) -> None:
+    """`slim explain`: a row and a bar for each layer of the network before compression."""
+    if out.suffix != ".svg":
+        raise UsageError(f"--out {out}: the picture is an .svg file; name it so")
+    artifact, found = _artifact(folder, trust=trust)
+    leading = [*takewhile(lambda step: resolve(step.name).role == "repair", artifact.history)]
+    before = _before(artifact, len(leading), found)
+    dense = before.model() if before else store.replay(artifact.backbone, tuple(leading), trust=trust)
+    rows = layers_of.layers(artifact, dense, valued=before is not None)
+    if not rows:
+        raise UsageError(f"{folder}: {artifact.backbone.name} has no Linear layer and no convolution to explain")
+    kernels = "as before compression" if before else "as they are now: those before are not at hand"
+    title = f"{artifact.backbone.name}: what was decided for each layer"
+    store.write_text(out, layers_chart.to_svg(rows, title, f"kernels {kernels}"))
+    if as_json:
+        listing = [{**row.model_dump(mode="json"), "kept": row.kept, "kind": row.kind} for row in rows]
+        click.echo(json.dumps({"kernels": kernels, "picture": str(out), "layers": listing}))
+        return
+    stdout.print(_layer_table(rows))
+    _say("kernels", kernels)
+    _say("picture", str(out))
+
+
+def _layer_table(rows: Sequence[layers_of.LayerRow]) -> Table:
+    table = Table("layer", "weights", box=None, pad_edge=False)
+    for heading in ("kept", "MACs", "sparse", "H/T", "orth."):
+        table.add_column(heading, justify="right")
+    table.add_column("decided", overflow="fold")
+    macs = sum(row.macs for row in rows)
+    for row in rows:
+        shapes = " + ".join(map(_shape, row.after)) or "none"
+        before = _shape(row.before)
+        table.add_row(
+            escape(row.name),
+            before if shapes == before else f"{before} -> {shapes}",
+            f"{100 * row.kept:.0f} %",
+            f"{100 * row.macs / macs:.1f} %",
+            *("-" if one is None else f"{one:.2f}" for one in (row.sparsity, row.entropy_ratio, row.orthogonality)),
+            escape(layers_chart.printable(row.why)) or "-",
+        )
+    return table
+
+
+def _shape(weight: tuple[int, ...]) -> str:
+    """`64x32x3x3`; `64x32` for a Linear layer, and for a 1 x 1 convolution, which is one at every position."""
+    return "x".join(map(str, weight[:2] if weight[2:] == (1, 1) else weight))
+
+
+def _before(artifact: Artifact, leading: int, found: Run | None) -> Artifact | None:
+    """The network after the `leading` steps of the history, with the values it had; none where they are not at hand."""
+    if leading == len(artifact.history):
+        return artifact
+    digest = artifact.history[leading].digests.get("input")
+    return next((one for one in _kept_by(found, leading) if one.digest == digest), None) if found else None
+
+
+def _kept_by(found: Run, leading: int) -> Iterator[Artifact]:
+    """What a run keeps of the time before compression: the artifact of a step, or what it began with, opened again."""
+    for record in found.records():
+        if record.folder and (found.root / record.folder / store.MANIFEST).is_file():
+            artifact = store.load(found.root / record.folder, trust=found.trust)
+            if len(artifact.history) == leading:
+                yield artifact
+    try:
+        begun = _recipe_of(found)
+        yield start(begun.model, None, seed=begun.seed, trust=found.trust).artifact
+    except SlimError:  # its file or folder was moved away, or timm's hub cannot be reached
+        return
 
 
 @dataclass(frozen=True)

@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from slim.training import Objective, Training
 
 Plan = dict[str, JsonValue]
+"""Plain JSON. Under `sparse` a pass may list state-dict keys of weights in which it sets zeros: whatever trains them
+later, in this step or a following one, keeps those zeros."""
 Role = Literal["structure", "prepare", "repair"]
 Advance = Callable[..., None]
 """`advance(steps, note)`: so many steps are done; `note` says how it stands."""
@@ -123,6 +125,8 @@ class Context:
     memo: dict[str, Any] = field(default_factory=dict, repr=False)
     """What `plan` found at some expense and `fit` needs again, such as singular vectors; each pass begins with an empty
     one. Of several processes rank 0 alone plans, so only its memo is filled."""
+    plan: Plan = field(default_factory=dict)
+    """What `plan` decided, for `fit`, in every process."""
 
     def train(
         self,
@@ -131,11 +135,12 @@ class Context:
         training: Training,
         augment: Augment,
         splits: Sequence[str] = ("train",),
+        sparse: Sequence[str] = (),
     ) -> dict[str, JsonValue]:
         """The one training loop on this run's data, device, seed and checkpoint; see slim/training.py."""
         from slim.training import train
 
-        return train(model, objective, training, augment, self, splits)
+        return train(model, objective, training, augment, self, splits, sparse)
 
 
 class Pass(BaseModel):
@@ -177,6 +182,11 @@ class Pass(BaseModel):
     def recovers(self) -> bool:
         """Whether the pass learns from what the network was before its stage, so that a structure has to come first."""
         return False
+
+    @property
+    def caveat(self) -> str:
+        """One clause said along when the guard refuses the pass for its speed; empty where there is nothing to add."""
+        return ""
 
     def sources(self, context: Context) -> dict[str, str]:
         """Digests of what the pass reads besides its input and the data, by name, such as a teacher's."""
@@ -241,7 +251,7 @@ class Pass(BaseModel):
         plan = on_main(lambda: verify.plain_json(self, "plan", self.plan(teacher, context)))
         model = self.rewrite(artifact.model(), plan)
         structure = verify.signature(model)
-        figures = self.fit(model, teacher, context) or {}
+        figures = self.fit(model, teacher, replace(context, plan=plan)) or {}
         step = Step(
             name=self.name,
             version=self.version,

@@ -189,6 +189,8 @@ class Pipeline:
             records.append(record)
             if self.guard.on and step.role == "structure" and "latency_ratio" in record.figures:
                 refusal = self.guard.refuses_latency(record.figures["latency_ratio"])
+                if refusal is not None and step.caveat:
+                    refusal = f"{refusal}; {step.caveat}"
         if self.guard.on and refusal is None and "top1_drop_points" in records[-1].figures:
             refusal = self.guard.refuses_accuracy(records[-1].figures["top1_drop_points"])
         judged = [_judged(record, refusal, self.guard) for record in records]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, cast
 
@@ -24,6 +24,55 @@ def in_eval(model: nn.Module) -> Iterator[None]:
     finally:
         for module, training in flags:
             module.training = training
+
+
+@contextmanager
+def on_device(device: torch.device, *models: nn.Module) -> Iterator[None]:
+    """The networks on `device`, and on the CPU again afterwards."""
+    for model in models:
+        model.to(device)
+    try:
+        yield
+    finally:
+        for model in models:
+            model.to("cpu")
+
+
+Positions = dict[str, dict[int, list[int]]]
+"""State-dict key -> dimension -> what stays of it, ascending."""
+
+
+def keep(model: nn.Module, positions: Mapping[str, Mapping[int, Sequence[int]]]) -> None:
+    """Cut everything but `positions` out of the tensors named; their modules' sizes follow."""
+    touched: dict[int, nn.Module] = {}
+    for key, dims in positions.items():
+        owner, _, name = key.rpartition(".")
+        module = model.get_submodule(owner)
+        value = cast(Tensor, getattr(module, name))
+        kept = value.detach()
+        for dim, places in dims.items():
+            kept = kept.index_select(dim, torch.tensor(places, dtype=torch.long, device=kept.device))
+        if isinstance(value, nn.Parameter):
+            kept = nn.Parameter(kept, requires_grad=value.requires_grad)
+        setattr(module, name, kept)
+        touched[id(module)] = module
+    for module in touched.values():
+        resize(module)
+
+
+def resize(module: nn.Module) -> None:
+    """Make a module say the sizes that its tensors have; a convolution's groups must be right before."""
+    one = cast(Any, module)
+    if isinstance(module, nn.Linear):
+        module.out_features, module.in_features = module.weight.shape
+    elif isinstance(module, nn.Conv2d):
+        module.out_channels, module.in_channels = len(module.weight), module.weight.shape[1] * module.groups
+    elif isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d):
+        one.num_features = len(module.running_mean if module.running_mean is not None else module.weight)
+    elif isinstance(module, nn.LayerNorm):
+        module.normalized_shape = tuple(module.weight.shape)
+    elif isinstance(module, nn.GroupNorm):
+        module.num_channels = len(module.weight)
 
 
 def swap(model: nn.Module, name: str, module: nn.Module) -> None:
@@ -143,6 +192,17 @@ def followers(
         for hook in hooks:
             hook.remove()
     return {maker: name for maker, name in pairs.items() if calls[maker] == calls[name] == 1}
+
+
+def audible(model: nn.Module) -> nn.Module:
+    """A copy with noise on values near zero: behind a fresh classifier or layer scale every change would look exact."""
+    copied, generator = copy.deepcopy(model), torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for value in copied.parameters():
+            usual = value[0].numel() ** -0.5 if value.ndim > 1 else 0.1
+            if value.square().mean().sqrt() < usual / 10:
+                value.add_(torch.randn(value.shape, generator=generator), alpha=usual)
+    return copied
 
 
 def close(found: Tensor, expected: Tensor) -> bool:

@@ -28,7 +28,8 @@ Objective = Callable[[nn.Module, Batch], Mapping[str, Tensor]]
 """`objective(model, batch)` -> named losses, scalars, each the mean over B; their sum is what is trained on. Where it
 is a module, its parameters are trained along with the network's, and left behind. Where it has `leaves_unused` and that
 is true, processes do not wait for gradients of every value. Where it has `after_step`, that is called with the share of
-steps done, in (0, 1], once the optimiser has moved the values: the place for proximal steps."""
+steps done, in (0, 1], once the optimiser has moved the values: the place for proximal steps. Where it has `undecayed`,
+the parameters named there have no weight decay."""
 
 TOTAL = "total"
 """Name under which the sum of the losses is kept."""
@@ -85,8 +86,11 @@ def train(
     augment: Augment,
     context: Context,
     splits: Sequence[str] = ("train",),
+    sparse: Sequence[str] = (),
 ) -> dict[str, JsonValue]:
     """Train `model` in place on the images of `splits`; it ends on the CPU.
+
+    Zeros of the weights named in `sparse`, and of those that steps before made sparse (see `Plan`), stay zeros.
 
     Returns:
         `loss`: mean per epoch, over all processes; `losses`: the same by name, where there are several; `steps`;
@@ -105,7 +109,7 @@ def train(
     batch = min(context.loading.batch_size, len(data.pool(splits)))
     # Drawn from by dropout and drop path; left as the caller had it.
     with torch.random.fork_rng(devices=[context.device] if context.device.type == "cuda" else []):
-        state = _State(model, objective, training, total, batch, context)
+        state = _State(model, objective, training, total, batch, context, sparse)
         with context.progress(f"training {training.epochs} epochs", total) as advance:
             advance(state.step, "")
             while state.step < total:
@@ -177,16 +181,26 @@ class _Learner(nn.Module):
         return self.objective(self.model, batch)
 
     def no_weight_decay(self) -> set[str]:
-        """What timm's optimisers leave undecayed because the network says so, such as position embeddings."""
+        """What timm's optimisers leave undecayed.
+
+        The network names such as its position embeddings, and the objective what it shrinks itself.
+        """
         names = self.model.no_weight_decay() if hasattr(self.model, "no_weight_decay") else ()  # type: ignore[operator]
-        return {f"model.{name}" for name in names}
+        return {f"model.{name}" for name in (*names, *getattr(self.objective, "undecayed", ()))}
 
 
 class _State:
     """What a step changes: values, optimiser, moving average; saved and taken up again as a whole."""
 
     def __init__(
-        self, model: nn.Module, objective: Objective, training: Training, total: int, batch: int, context: Context
+        self,
+        model: nn.Module,
+        objective: Objective,
+        training: Training,
+        total: int,
+        batch: int,
+        context: Context,
+        sparse: Sequence[str],
     ) -> None:
         from accelerate import Accelerator, DistributedDataParallelKwargs
         from timm.optim import create_optimizer_v2
@@ -235,6 +249,8 @@ class _State:
         self.losses: dict[str, list[float]] = {TOTAL: []}
         self._kept: bytes | None = None
         self._take_up()
+        # Last of all: by now every process has rank 0's values, and a checkpoint has brought its own zeros.
+        self._held = _zeros_held(model, {*sparse, *_made_sparse(context)})
 
     def advance(self, batch: Batch) -> float:
         """One optimiser step; the loss of it, over all processes."""
@@ -265,6 +281,8 @@ class _State:
         self.step += 1
         if self._after_step is not None:
             self._after_step(self.step / self.total)
+        for weight, zeros in self._held:  # before the moving average, which then sees nothing else there
+            weight.detach().masked_fill_(zeros, 0)
         if self.ema is not None:
             self.ema.update(self.model, step=self.step)
         for name, one in zip(losses, values, strict=True):
@@ -334,6 +352,20 @@ class _State:
         for name, value in self.model.state_dict().items():
             if not value.isfinite().all():
                 raise DivergedError(f"training: {name!r} is not finite after step {self.total}; {self._way_out()}")
+
+
+def _made_sparse(context: Context) -> set[str]:
+    """State-dict keys that plans before list as `sparse`."""
+    lists: list[Any] = [step.plan.get("sparse", []) for step in context.history]
+    return {key for keys in lists for key in keys}
+
+
+def _zeros_held(model: nn.Module, keys: set[str]) -> list[tuple[Tensor, Tensor]]:
+    """Weights among `keys` that the network still has, each with where it is zero.
+
+    The values say it, not the plan: channels may have been cut out since, or the weight have been made anew.
+    """
+    return [(value, value.detach() == 0) for name, value in model.named_parameters() if name in keys]
 
 
 def _is_folded(norm: nn.Module) -> bool:

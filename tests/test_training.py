@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from slim import job, recipe, training
-from slim.artifact import Artifact, Backbone, Preprocessing, state_digest
+from slim.artifact import Artifact, Backbone, Preprocessing, Step, state_digest
 from slim.contract import Context, Loading
 from slim.data import Augment, Batch, Data, open_data
 from slim.errors import DivergedError, PassError, RecipeError, StoreError
@@ -369,3 +369,45 @@ def test_folded_norms_that_would_be_normalised_by_a_batch_are_warned_of(
     assert not warned(folded=True, freeze_norms=True)
     assert not warned(folded=True, trainable="head")
     assert not warned(folded=False)
+
+
+SPARSE = "blocks.0.mlp.fc1.weight"
+
+
+def test_zeros_of_weights_made_sparse_before_are_held_and_no_others(digits: Data) -> None:
+    model = NETWORKS["layer-norm"].build(seed=1)
+    also, other = "blocks.0.mlp.fc2.weight", "blocks.0.attn.proj.weight"
+    for name in (SPARSE, also, other):
+        model.get_parameter(name).data[:, ::3] = 0
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    # The second key is of a layer that the network no longer has.
+    step = Step(name="mask", version=1, config={}, plan={"sparse": [SPARSE, "blocks.7.mlp.fc1.weight"]}, seed=0)
+    context = context_of(digits, NETWORKS["layer-norm"], history=(step,))
+    settings = Training(epochs=1, precision="fp32", ema=0.5)
+    training.train(model, label_loss, settings, PLAIN, context, sparse=[also])
+    after = model.state_dict()
+    for name in (SPARSE, also):
+        assert torch.equal(after[name] == 0, before[name] == 0)
+        assert not torch.equal(after[name], before[name])
+    assert not (after[other] == 0).any()
+
+
+def test_zeros_held_are_those_of_the_checkpoint_that_is_taken_up(digits: Data, tmp_path: Path) -> None:
+    """Masks chosen again on another machine may differ in a tie; the values that go on are the checkpoint's."""
+    place, settings = tmp_path / "checkpoint", Training(epochs=2, precision="fp32", ema=0.5)
+
+    def masked(first: int) -> nn.Module:
+        model = NETWORKS["layer-norm"].build(seed=1)
+        model.get_parameter(SPARSE).data[:, first::2] = 0
+        return model
+
+    def go_on(model: nn.Module, objective: training.Objective, checkpoint: Path | None) -> nn.Module:
+        context = context_of(digits, NETWORKS["layer-norm"], checkpoint=checkpoint)
+        training.train(model, objective, settings, PLAIN, context, sparse=[SPARSE])
+        return model
+
+    whole = go_on(masked(0), label_loss, None)
+    with pytest.raises(KeyboardInterrupt):
+        go_on(masked(0), At(STEPS + 2, interrupt), place)
+    again = go_on(masked(1), label_loss, place)
+    assert state_digest(again.state_dict()) == state_digest(whole.state_dict())

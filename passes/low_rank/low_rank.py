@@ -10,10 +10,8 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from typing import Any, ClassVar, Literal, Self, cast
 
-import torch
 from pydantic import Field, JsonValue, field_validator, model_validator
 from torch import Tensor, nn
 
@@ -23,20 +21,20 @@ from slim.contract import Context, Pass, Plan, Role
 from slim.distributed import is_main
 from slim.errors import PassError
 from slim.goal import parse_goal
-from slim.passes import calibrate, repair
+from slim.passes import calibrate, calibration, repair
 from slim.passes.calibrate import Moments
 from slim.passes.low_rank import factors, gates, schemes
 from slim.passes.low_rank.candidates import Candidate, candidates
 from slim.passes.low_rank.factors import Objective
-from slim.passes.low_rank.offers import Ladder, Pick, Select
-from slim.passes.low_rank.reach import cost_of, reach
+from slim.passes.low_rank.offers import Ladder, Pick, Select, offers
 from slim.passes.low_rank.schemes import Layer, Scheme
 from slim.passes.low_rank.ways import Way, ways_of
+from slim.passes.reach import Words, cost_of, meter_of, reach
 from slim.passes.sensitivity import sensitivities
 from slim.training import Training
 
-EVAL_BATCH = 32
-"""Images of one call while statistics are taken; it changes none."""
+BLIND = "objective plain and repair none"
+"""Settings with which it looks at no image."""
 
 
 class LowRank(Pass):
@@ -170,7 +168,7 @@ class LowRank(Pass):
         allowed = cast(tuple[Scheme, ...], {"best": ("channel", "spatial"), "none": ()}.get(self.conv, (self.conv,)))
         wanted = [one for one in found if self.conv != "none" or one.layer.weight[0, 0].numel() == 1]
         dense = {one.name: "conv is none" for one in found if one not in wanted}
-        with _on(context.device, model):
+        with surgery.on_device(context.device, model):
             moments = self._moments(model, wanted, context)
             sensitive = self._sensitivities(model, wanted, context)
         means: dict[str, Tensor] = {}
@@ -196,8 +194,8 @@ class LowRank(Pass):
         return calibrate.collect(
             model,
             [one.name for one in found],
-            images=_count(context),
-            batches=_images(context, EVAL_BATCH),
+            images=calibration.count(context, self.name, BLIND),
+            batches=calibration.images(context),
             memory_gb=self.memory_gb,
             device=context.device,
             progress=context.progress,
@@ -207,7 +205,7 @@ class LowRank(Pass):
         """How much the prediction depends on each layer; asked only where layers compete for a budget."""
         if self.to is None or self.objective == "plain" or not found:
             return {}
-        names, images = [one.name for one in found], _images(context, EVAL_BATCH)
+        names, images = [one.name for one in found], calibration.images(context)
         return sensitivities(model, names, images, seed=context.seed, device=context.device, progress=context.progress)
 
     def _pick(self, ladder: Ladder) -> Pick | str:
@@ -236,22 +234,26 @@ class LowRank(Pass):
         rule: Select = self.select or ("knapsack" if goal.timed else "greedy")
         trained: dict[str, JsonValue] = {}
         if rule == "gated":
-            before = cost_of(goal, model, context)
+            before = cost_of(goal, model, context, self.name)
             share, by_params = goal.limit_of(before) / before, goal.metric in ("params", "size")
             ways, trained = gates.close_gates(
                 model, ladders, share, self._gate_training, context, metric="params" if by_params else "macs"
             )
             ladders = [[way] for way in ways]
 
-        def build(picks: Sequence[Pick | None]) -> nn.Module:
-            chosen = [pick for pick in picks if pick is not None]
+        meter = meter_of(goal, context, self.name) if goal.measured else None
+        found = offers(goal, ladders, rule=rule, align=self.align, guard=self.guard, meter=meter)
+
+        def build(choices: Sequence[int]) -> nn.Module:
+            chosen = [pick for pick in found.chosen(choices) if pick is not None]
             network = self.rewrite(copy.deepcopy(model), {"layers": {pick.name: _entry(pick) for pick in chosen}})
             for pick in chosen:  # timed with the values it will have
                 _fill(cast(nn.Sequential, network.get_submodule(pick.name)), pick, None)
             return network
 
-        reached = reach(goal, ladders, model, build, context, rule=rule, align=self.align, guard=self.guard)
-        return reached.picks, {**reached.figures, **({"gates": trained} if trained else {})}
+        words = Words(self.name, "ranks", "lower min_width or skip less")
+        choices, figures = reach(goal, found, model, build, context, words)
+        return found.chosen(choices), {"select": rule, **figures, **({"gates": trained} if trained else {})}
 
     @property
     def _gate_training(self) -> Training:
@@ -264,47 +266,17 @@ class LowRank(Pass):
     ) -> dict[str, JsonValue]:
         assert context.backbone is not None  # Pass.__call__ set it
         refit = {f"{name}.1": name for name in names} if self.repair in ("both", "outputs") else {}
-        with _on(context.device, model, dense):
+        with surgery.on_device(context.device, model, dense):
             most = repair.images_that_fit(model, context.backbone.input.size, self.memory_gb)
             return repair.repair(
                 model,
                 dense,
                 refit,
-                next(_images(context, min(most, _count(context)))),
+                next(calibration.images(context, min(most, calibration.count(context, self.name, BLIND)))),
                 norms=self.repair in ("both", "norms"),
-                batch_size=EVAL_BATCH,
+                batch_size=calibration.EVAL_BATCH,
                 progress=context.progress,
             )
-
-
-@contextmanager
-def _on(device: torch.device, *models: nn.Module) -> Iterator[None]:
-    """The networks on `device`, and on the CPU again afterwards."""
-    for model in models:
-        model.to(device)
-    try:
-        yield
-    finally:
-        for model in models:
-            model.to("cpu")
-
-
-def _count(context: Context) -> int:
-    """Calibration images."""
-    if context.data is None or not context.data.has("calib"):
-        raise PassError(
-            "low-rank: there are no calibration images; give data with a training split, or objective plain and repair"
-            " none, which look at no image"
-        )
-    return len(context.data.split("calib"))
-
-
-def _images(context: Context, batch_size: int) -> Iterator[Tensor]:
-    """Calibration images (B, C, H, W), in order."""
-    assert context.data is not None  # _count saw to it
-    assert context.backbone is not None  # Pass.__call__ set it
-    batches = context.data.eval_batches("calib", context.backbone.input, batch_size=batch_size)
-    return (images for images, _ in batches)
 
 
 def _fill(pair: nn.Sequential, pick: Pick, mean: Tensor | None) -> None:

@@ -17,6 +17,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from slim.passes.reach import Unreachable
+
 BINS = 100_000
 """Bins of cost in `knapsack`; 60 layers of 16 options then take a tenth of a second and 12 MB."""
 
@@ -39,15 +41,6 @@ class Option:
 
 Options = tuple[Option, ...]
 """Those of one layer; the layer as it is, of rank 0, is always among them."""
-
-
-class Unreachable(ValueError):
-    """No choice meets the budget."""
-
-    def __init__(self, smallest: float) -> None:
-        super().__init__(f"the least that can be reached is {smallest:g}")
-        self.smallest = smallest
-        """Least cost that the rule can reach."""
 
 
 def front(options: Options) -> Options:

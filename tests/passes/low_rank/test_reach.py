@@ -21,7 +21,7 @@ from slim.export.target import Target
 from slim.measurement import Measurement
 from slim.passes.low_rank import LowRank, schemes
 from slim.passes.low_rank.offers import TIMED_RANKS, Select
-from slim.passes.low_rank.reach import CLOSE
+from slim.passes.reach import CLOSE
 from tests.contract.zoo import BLIND, SIZE, artifact
 
 pytestmark = pytest.mark.usefixtures("one_thread")

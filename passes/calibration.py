@@ -1,0 +1,40 @@
+"""The calibration images of a run, as the compression passes read them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from torch import Tensor
+
+from slim.contract import Context
+from slim.errors import PassError
+
+EVAL_BATCH = 32
+"""Images of one call while statistics are taken; it changes none."""
+
+
+def count(context: Context, name: str, blind: str) -> int:
+    """How many calibration images there are.
+
+    Args:
+        context: of the pass.
+        name: of the pass, for the error.
+        blind: settings with which it looks at no image.
+
+    Raises:
+        PassError: there are none.
+    """
+    if context.data is None or not context.data.has("calib"):
+        raise PassError(
+            f"{name}: there are no calibration images; give data with a training split, or {blind}, which look at no"
+            " image"
+        )
+    return len(context.data.split("calib"))
+
+
+def images(context: Context, batch_size: int = EVAL_BATCH) -> Iterator[Tensor]:
+    """Calibration images (B, C, H, W), in order."""
+    assert context.data is not None  # `count` saw to it
+    assert context.backbone is not None  # Pass.__call__ set it
+    batches = context.data.eval_batches("calib", context.backbone.input, batch_size=batch_size)
+    return (images for images, _ in batches)

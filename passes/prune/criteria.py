@@ -1,0 +1,151 @@
+"""How much is lost with each unit of a group, by one of five criteria, and with the group as a whole.
+
+    gram      energy that the unit's channels carry into the layers that read them: tr(W G W^T) with G their second
+              moment on the images, centred where the reader has a bias, which makes up for the mean
+    group-l2  squares of the unit's weights in all tensors of the group, biases apart: sum over tensors of
+              |w_u|^2 / mean(w^2), so that layers of different scale count the same
+    taylor    what the log-likelihood loses to first order (Molchanov et al. 2019, arXiv:1906.10771); see observed.py
+    bn        variance that the group's batch norms give the channels. With true running statistics that is the squared
+              weight of the norm; it stays right where a norm is folded and says weight 1, variance 1
+    random    uniform, to compare with
+
+Of attention's queries, keys and values (`dims`) every head has its own order; see scores.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal, cast
+
+import torch
+from torch import Tensor, nn
+
+from slim.contract import Progress, no_progress
+from slim.errors import PassError
+from slim.passes.prune import scores
+from slim.passes.prune.groups import Group
+from slim.passes.prune.observed import EVAL_BATCH, Calibration, Seen, Spot, look, slopes
+from slim.passes.prune.scores import Part, by_slot, parts_of, unreached
+from slim.passes.sensitivity import sensitivities
+
+Criterion = Literal["gram", "group-l2", "taylor", "bn", "random"]
+TINY = torch.finfo(torch.double).tiny
+
+
+@dataclass(frozen=True, eq=False)
+class Ranked:
+    """A group whose units have a score."""
+
+    group: Group
+    """As given; of kind `dims` with other indices: unit r holds, in every head, its r-th best dimension."""
+    scores: Tensor
+    """(units,) fp64, finite, at least 0: what is lost with each unit, in the criterion's own unit. Of `dims` the share
+    of a head's queries and keys plus that of its values, summed over the heads."""
+    importance: float = 1.0
+    """Expected divergence of the prediction in nats if the group vanished; 1 where it is not worked out."""
+
+
+def ranked(
+    model: nn.Module,
+    groups: Sequence[Group],
+    criterion: Criterion,
+    batches: Callable[[], Iterable[Tensor]] | None,
+    *,
+    images: int,
+    seed: int,
+    device: torch.device | None = None,
+    progress: Progress = no_progress,
+    compare: bool = True,
+) -> tuple[list[Ranked], dict[str, str]]:
+    """The groups with their scores, in the order given, and why the others have none.
+
+    Args:
+        model: lies on `device`; its parameters need no gradient and get none.
+        groups: that can be cut out, see `trusted` in cut.py.
+        criterion: see above.
+        batches: (B, C, H, W) each, the same images at every call, cut in any way; none: for group-l2 and random alone.
+        images: how many they hold together.
+        seed: of random scores and of the classes drawn.
+        device: where to work; none: the CPU, where the scores come to lie in any case.
+        progress: told after every batch.
+        compare: whether groups compete. With images the importance is worked out then, and by `gram` the readers of one
+            group count by how much the prediction depends on each; else they count the same.
+
+    Raises:
+        PassError: there are no images and the criterion needs some; values that are not finite.
+    """
+    if batches is None and criterion not in ("group-l2", "random"):
+        raise PassError(
+            f"prune: criterion {criterion} looks at images and there are none; "
+            "give data with a training split, or criterion group-l2"
+        )
+    given = batches and Calibration(batches, images, seed, device or torch.device("cpu"), progress)
+    parts = [parts_of(group) for group in groups]
+    spots = [spot for some in parts for part in some for spot in part.spots]
+    seen: dict[Spot, Seen] | None = None
+    depends: dict[str, float] = {}
+    if given and (criterion == "gram" or compare):
+        seen = look(model, spots, given)
+    if given and compare:
+        names = list(dict.fromkeys(spot.layer for spot in spots if not spot.output))
+        depends = sensitivities(model, names, given.cut(EVAL_BATCH), seed=seed, device=device, progress=progress)
+    scored = iter(_scored(model, [part for some in parts for part in some], criterion, given, seen, depends, seed))
+    found: list[Ranked] = []
+    left: dict[str, str] = {}
+    for group, some in zip(groups, parts, strict=True):
+        own = [next(scored) for _ in some]
+        reasons = [one for one in own if isinstance(one, str)]
+        if seen is not None:
+            reasons += [why for part in some if (why := unreached(part, seen))]
+        if reasons:
+            left[group.name] = reasons[0]
+            continue
+        lost = [cast(Tensor, one) for one in own]
+        if not all(one.isfinite().all() for one in lost):
+            raise PassError(f"prune: scores of {group.name!r} are not finite; start from weights that are")
+        ordered, of_units = by_slot(group, *lost) if group.kind == "dims" else (group, lost[0])
+        importance = 1.0
+        if compare and seen is not None:
+            read = [spot for part in some for spot in part.spots if not spot.output]
+            importance = sum(depends[spot.layer] * seen[spot].energy for spot in read)
+        found.append(Ranked(ordered, of_units, importance))
+    return found, left
+
+
+def _scored(
+    model: nn.Module,
+    parts: Sequence[Part],
+    criterion: Criterion,
+    given: Calibration | None,
+    seen: Mapping[Spot, Seen] | None,
+    depends: Mapping[str, float],
+    seed: int,
+) -> Sequence[Tensor | str]:
+    """Scores (units,) fp64 of every part, or why there are none."""
+    if criterion == "random":
+        return scores.random(parts, seed)
+    if criterion == "group-l2":
+        return [scores.group_l2(model, part) for part in parts]
+    assert given is not None  # `ranked` has asked
+    if criterion == "bn":
+        return scores.bn(model, parts, given)
+    if criterion == "taylor":
+        slope = slopes(model, [spot for part in parts for spot in part.spots], given)
+        return [unreached(part, slope) or torch.stack([slope[spot] for spot in part.spots]).sum(0) for part in parts]
+    assert seen is not None  # `ranked` has looked
+    return [unreached(part, seen) or scores.gram(model, part, seen, depends) for part in parts]
+
+
+def share_lost(scores: Tensor) -> Tensor:
+    """Share of the total lost when only the k best units stay, k = 0 ... units.
+
+    scores: (units,), finite, at least 0. Returns (units + 1,) fp64: 1 at 0, where the whole group is gone, then
+    descending to 0. Scores that are all zero say that one unit is as good as all: 0 from k = 1 on.
+    """
+    ascending = scores.double().sort().values
+    ascending = ascending / ascending[-1].clamp(min=TINY)  # no sum overflows
+    lost = torch.cat([ascending.new_zeros(1), ascending.cumsum(0)]).flip(0)
+    lost = lost / lost[0].clamp(min=TINY)
+    lost[0] = 1.0
+    return lost

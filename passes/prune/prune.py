@@ -1,0 +1,147 @@
+"""Structured pruning: whole channels, hidden units and attention heads are cut out, and layers really get narrower.
+
+What belongs together is found as in DepGraph (Fang et al. 2023, arXiv:2301.12900), how much goes where is decided under
+a budget of parameters, operations or milliseconds measured on the target, and what is left is repaired in closed form
+as in channel pruning by reconstruction (He et al. 2017, arXiv:1707.06168). Trains nothing; `sparsify` before it makes
+the cut painless, and `distill` behind it learns the rest. Does not make a network shallower.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any, ClassVar, Literal, Self
+
+import torch
+from pydantic import Field, JsonValue, field_validator, model_validator
+from torch import nn
+
+from slim import surgery
+from slim.contract import Context, Pass, Plan, Role
+from slim.distributed import is_main
+from slim.errors import PassError
+from slim.goal import parse_goal
+from slim.passes import calibration, repair
+from slim.passes.prune.choose import BLIND, Chooser, Choosing, apply, numbers
+from slim.passes.prune.fold import fold_means
+
+SPARSIFIED = "sparsified"
+
+
+class Prune(Choosing, Pass):
+    """Cut channels, hidden units and attention heads out."""
+
+    name: ClassVar[str] = "prune"
+    role: ClassVar[Role] = "structure"
+    needs: ClassVar[frozenset[str]] = frozenset({"dense", "float"})
+    shrinks: ClassVar[frozenset[str]] = frozenset({"params", "macs"})
+
+    to: str | None = None
+    """Budget, as a share kept or absolutely: `0.6x-latency`, `4ms`, `0.5x-macs`, `2.1M-params`, `0.5x-size`; or
+    `sparsified`: exactly what the sparsify before it chose."""
+    ratio: float | None = Field(default=None, gt=0, lt=1)
+    """Without `to`: share of its channels each group keeps, in (0, 1)."""
+    repair: Literal["both", "outputs", "norms", "none"] = "both"
+    """Closed-form repair on the calibration images: layers that lost inputs by least squares, norms' statistics."""
+    memory_gb: float = Field(default=2.0, gt=0)
+    """Memory for one forward pass of all calibration images during repair, GB; fewer are used beyond it."""
+
+    @field_validator("to")
+    @classmethod
+    def _a_goal(cls, value: str | None) -> str | None:
+        return value if value in (None, SPARSIFIED) else str(parse_goal(value))
+
+    @model_validator(mode="after")
+    def _one_rule(self) -> Self:
+        if (self.to is None) == (self.ratio is None):
+            said = "neither is given" if self.to is None else f"to={self.to} and ratio={self.ratio} are given"
+            raise ValueError(f"{said}; give one: to, as 0.6x-latency, or ratio, the share every group keeps")
+        if self.ratio is not None and self.ranking not in (None, "local"):
+            raise ValueError(f"ratio keeps one share everywhere, and ranking={self.ranking} shares a budget; give --to")
+        return self
+
+    @property
+    def reads(self) -> frozenset[str]:
+        """Calibration images, unless nothing looks at them."""
+        chooses = self.to != SPARSIFIED and self.criterion not in BLIND
+        return frozenset({"calib"}) if chooses or self.repair != "none" else frozenset()
+
+    @property
+    def measures(self) -> bool:
+        """Whether the budget is one of the exported file."""
+        return self.to is not None and self.to != SPARSIFIED and parse_goal(self.to).measured
+
+    def plan(self, model: nn.Module, context: Context) -> Plan:
+        """What stays of every tensor, by group, and why the other groups stay whole."""
+        if self.to == SPARSIFIED:
+            return self._sparsified(context)
+        compare = self.to is not None and self.ranking in (None, "global")
+        chooser = Chooser(self, model, context, self.name, compare=compare)
+        plan = chooser.at_ratio(self.ratio) if self.ratio is not None else chooser.reach(str(self.to))
+        if not plan["groups"]:
+            reasons = sorted(set(chooser.left.values())) or ["every group keeps all it has"]
+            rule = f"to {self.to}" if self.to else f"ratio {self.ratio}"
+            raise PassError(f"prune: {rule} cuts nothing ({'; '.join(reasons)}); ask for less, or try scope all")
+        return plan
+
+    def rewrite(self, model: nn.Module, plan: Plan) -> nn.Module:
+        """Narrower layers, with the values of what stays."""
+        apply(model, plan)
+        return model
+
+    def fit(self, model: nn.Module, teacher: nn.Module, context: Context) -> dict[str, JsonValue] | None:
+        """Fold what the cut channels put out on average, then repair. Rank 0's values go to every process."""
+        if not is_main():
+            return None
+        assert context.backbone is not None  # Pass.__call__ set it
+        probe = torch.randn(2, *context.backbone.input.size, generator=torch.Generator().manual_seed(0))
+        folded = copy.deepcopy(teacher)
+        blind = self.repair == "none"
+        with surgery.on_device(context.device, model, teacher, folded):
+            probe = probe.to(context.device)
+            batches = [probe] if blind else (part.to(context.device) for part in calibration.images(context))
+            unfolded = fold_means(folded, _gone(teacher, context.plan), batches, probe, constants_only=blind)
+            apply(folded, context.plan)
+            model.load_state_dict(folded.state_dict())
+            figures: dict[str, JsonValue] = {"unfolded": [*unfolded]}
+            return figures if blind else figures | self._repair(model, teacher, context)
+
+    def _sparsified(self, context: Context) -> Plan:
+        """The plan of the sparsify before."""
+        last = context.history[-1] if context.history else None
+        if last is None or last.name != "sparsify":
+            before = f"{last.name!r} is" if last else "nothing is"
+            raise PassError(f"prune: --to sparsified cuts what sparsify chose, but {before} before it; put it there")
+        return {key: last.plan[key] for key in ("groups", "keep", "attributes", "left")}
+
+    def _repair(self, model: nn.Module, dense: nn.Module, context: Context) -> dict[str, JsonValue]:
+        assert context.backbone is not None  # Pass.__call__ set it
+        keep: Any = context.plan["keep"]
+        says: Any = context.plan["attributes"]
+        rescaled = {f"{name}.qkv" for name, values in says.items() if "scale" in values}
+        refit = {name: name for name in _gone(dense, context.plan) if name not in rescaled}
+        kept = {key.rpartition(".")[0]: numbers(dims["0"]) for key, dims in keep.items() if "0" in dims}
+        most = repair.images_that_fit(model, context.backbone.input.size, self.memory_gb)
+        count = calibration.count(context, self.name, "criterion group-l2 and repair none")
+        return repair.repair(
+            model,
+            dense,
+            refit if self.repair in ("both", "outputs") else {},
+            next(calibration.images(context, min(most, count))),
+            kept=kept,
+            norms=self.repair in ("both", "norms"),
+            batch_size=calibration.EVAL_BATCH,
+            progress=context.progress,
+        )
+
+
+def _gone(model: nn.Module, plan: Plan) -> dict[str, list[int]]:
+    """Linear layer or convolution -> inputs that are cut out of it."""
+    keep: Any = plan["keep"]
+    found = {}
+    for key, dims in keep.items():
+        owner = key.rpartition(".")[0]
+        layer: Any = model.get_submodule(owner)
+        if isinstance(layer, nn.Linear | nn.Conv2d) and "1" in dims:
+            stays = set(numbers(dims["1"]))
+            found[owner] = [place for place in range(layer.weight.shape[1]) if place not in stays]
+    return found
