@@ -102,7 +102,7 @@ def _merge(plan: Plan, layer: str) -> Sentence | None:
 def _mask(plan: Plan, layer: str) -> Sentence | None:
     for place in _places(layer):
         if chosen := plan["layers"].get(place):
-            return Sentence(f"{chosen['pattern']} zeros, {100 * chosen['kept']:.0f} % of the weights stay", True)
+            return Sentence(f"{chosen['pattern']} zeros, {100 * chosen['kept']:.0f} % stay", True)
     reason = plan["left"].get(layer)
     return Sentence(f"left, {reason}", False) if reason else None
 
@@ -113,7 +113,7 @@ def _places(layer: str) -> tuple[str, ...]:
 
 
 def _lost(share: float) -> str:
-    return f"{100 * share:.2g} % lost"
+    return f"{100 * share:.1f} % lost"
 
 
 SENTENCES: dict[str, Callable[[Plan, str], Sentence | None]] = {

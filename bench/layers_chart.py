@@ -11,7 +11,7 @@ from importlib import resources
 from typing import NamedTuple
 
 from slim.bench.charts import CHARACTER
-from slim.bench.explain import LayerRow
+from slim.bench.explain import LayerRow, printable
 
 ROW, GAP = 17.0, 6.0
 """Height of a layer's row, and what parts the layers of one block from those of the next."""
@@ -24,7 +24,7 @@ TRACK = 44.0
 """Length of the scale of a measure, px."""
 LONGEST = 44
 """Characters of a name; of a longer one the end is shown."""
-WORDS = 74
+WORDS = 92
 """Characters of a decision; a longer one is shown when the pointer rests on it."""
 MEASURES = {"sparsity": "sparse", "entropy_ratio": "H/T", "orthogonality": "orthog."}
 """Measure -> its heading."""
@@ -90,7 +90,7 @@ def picture(rows: Sequence[LayerRow], title: str, note: str) -> Picture:
         row.name if len(row.name) <= LONGEST else f"\N{HORIZONTAL ELLIPSIS}{row.name[1 - LONGEST :]}" for row in rows
     ]
     bars_at = MARGIN + max(map(len, names)) * CHARACTER + 10
-    first = bars_at + BAR + 48
+    first = bars_at + BAR + 56
     lefts = {measure: first + place * (TRACK + 16) for place, measure in enumerate(MEASURES)}
     largest = max(row.weights_before for row in rows)
     bars, y = [], TOP + ROW / 2
@@ -138,11 +138,6 @@ def to_svg(rows: Sequence[LayerRow], title: str, note: str) -> str:
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     source = resources.files("slim.bench").joinpath("layers.svg.jinja").read_text(encoding="utf-8")
     return environment.from_string(source).render(picture(rows, title, note)._asdict(), bar_length=BAR, track=TRACK)
-
-
-def printable(text: str) -> str:
-    """Without what no XML may hold: names and reasons come from files."""
-    return "".join(one if one.isprintable() else "?" for one in text)
 
 
 def _dot(row: LayerRow, measure: str, left: float) -> Dot | None:

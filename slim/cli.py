@@ -261,10 +261,10 @@ def show(folder: Path, trust: bool, as_json: bool, quiet: bool) -> None:
 @TRUST
 @shared
 def explain(folder: Path, out: Path | None, trust: bool, as_json: bool, quiet: bool) -> None:
-    """What was decided for each layer, and why, with a picture.
+    """What was decided for each layer, and why.
 
-    Beside it stands what the layer's kernels are like: the share that is nearly zero; H/T, their variety, above 1 as if
-    they were never trained; and how orthogonal its filters are, from 0 to 1.
+    A table and a picture. Beside it stands what the layer's kernels are like: the share that is nearly zero; H/T, their
+    variety, above 1 as if they were never trained; and how orthogonal its filters are, from 0 to 1.
     """
     from slim import commands
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from itertools import takewhile
@@ -23,7 +23,7 @@ from rich.table import Table
 
 from slim import console, environment, job, recipe, store
 from slim.artifact import Artifact, Preprocessing
-from slim.bench import budget, latency, layers_chart, wording
+from slim.bench import budget, latency, layers_chart, origin, wording
 from slim.bench import explain as layers_of
 from slim.bench import gate as gates
 from slim.bench.measure import measure_accuracy, noise
@@ -41,7 +41,6 @@ from slim.measurement import Measurement
 from slim.options import input_of
 from slim.passes import PASSES, resolve
 from slim.pool import is_list, write_list
-from slim.pretrained import start
 from slim.recipe import Recipe
 from slim.runs import Run, open_run
 
@@ -134,9 +133,9 @@ def explain(folder: Path, out: Path, *, trust: bool, as_json: bool) -> None:
     if out.suffix != ".svg":
         raise UsageError(f"--out {out}: the picture is an .svg file; name it so")
     artifact, found = _artifact(folder, trust=trust)
-    leading = [*takewhile(lambda step: resolve(step.name).role == "repair", artifact.history)]
-    before = _before(artifact, len(leading), found)
-    dense = before.model() if before else store.replay(artifact.backbone, tuple(leading), trust=trust)
+    leading = tuple(takewhile(lambda step: resolve(step.name).role == "repair", artifact.history))
+    before = origin.before_compression(artifact, len(leading), found or _run_around(folder, trust=trust))
+    dense = before.model() if before else store.replay(artifact.backbone, leading, trust=trust)
     rows = layers_of.layers(artifact, dense, valued=before is not None)
     if not rows:
         raise UsageError(f"{folder}: {artifact.backbone.name} has no Linear layer and no convolution to explain")
@@ -147,56 +146,9 @@ def explain(folder: Path, out: Path, *, trust: bool, as_json: bool) -> None:
         listing = [{**row.model_dump(mode="json"), "kept": row.kept, "kind": row.kind} for row in rows]
         click.echo(json.dumps({"kernels": kernels, "picture": str(out), "layers": listing}))
         return
-    stdout.print(_layer_table(rows))
+    stdout.print(layers_of.to_console(rows))
     _say("kernels", kernels)
     _say("picture", str(out))
-
-
-def _layer_table(rows: Sequence[layers_of.LayerRow]) -> Table:
-    table = Table("layer", "weights", box=None, pad_edge=False)
-    for heading in ("kept", "MACs", "sparse", "H/T", "orth."):
-        table.add_column(heading, justify="right")
-    table.add_column("decided", overflow="fold")
-    macs = sum(row.macs for row in rows)
-    for row in rows:
-        shapes = " + ".join(map(_shape, row.after)) or "none"
-        before = _shape(row.before)
-        table.add_row(
-            escape(row.name),
-            before if shapes == before else f"{before} -> {shapes}",
-            f"{100 * row.kept:.0f} %",
-            f"{100 * row.macs / macs:.1f} %",
-            *("-" if one is None else f"{one:.2f}" for one in (row.sparsity, row.entropy_ratio, row.orthogonality)),
-            escape(layers_chart.printable(row.why)) or "-",
-        )
-    return table
-
-
-def _shape(weight: tuple[int, ...]) -> str:
-    """`64x32x3x3`; `64x32` for a Linear layer, and for a 1 x 1 convolution, which is one at every position."""
-    return "x".join(map(str, weight[:2] if weight[2:] == (1, 1) else weight))
-
-
-def _before(artifact: Artifact, leading: int, found: Run | None) -> Artifact | None:
-    """The network after the `leading` steps of the history, with the values it had; none where they are not at hand."""
-    if leading == len(artifact.history):
-        return artifact
-    digest = artifact.history[leading].digests.get("input")
-    return next((one for one in _kept_by(found, leading) if one.digest == digest), None) if found else None
-
-
-def _kept_by(found: Run, leading: int) -> Iterator[Artifact]:
-    """What a run keeps of the time before compression: the artifact of a step, or what it began with, opened again."""
-    for record in found.records():
-        if record.folder and (found.root / record.folder / store.MANIFEST).is_file():
-            artifact = store.load(found.root / record.folder, trust=found.trust)
-            if len(artifact.history) == leading:
-                yield artifact
-    try:
-        begun = _recipe_of(found)
-        yield start(begun.model, None, seed=begun.seed, trust=found.trust).artifact
-    except SlimError:  # its file or folder was moved away, or timm's hub cannot be reached
-        return
 
 
 @dataclass(frozen=True)
@@ -245,8 +197,7 @@ def served(path: Path, *, trust: bool = False) -> Served:
     if path.suffix == ".onnx" and not path.is_dir():
         if not path.is_file():
             raise UsageError(f"{path}: no such file")
-        roots = (parent for parent in path.absolute().parents[:2] if (parent / "recipe.yaml").is_file())
-        return Served(path, next((Run(root, trust=trust) for root in roots), None))
+        return Served(path, _run_around(path, trust=trust))
     if (path / "bundle.json").is_file():
         return served(path / "model.onnx", trust=trust)
     found = open_run(path, trust=trust)
@@ -504,6 +455,12 @@ def _artifact(folder: Path, *, trust: bool) -> tuple[Artifact, Run | None]:
     if not found.final.is_dir():
         raise UsageError(f"{folder}: the run is not finished; end it with --resume, or name one of its steps/")
     return found.artifact, found
+
+
+def _run_around(path: Path, *, trust: bool) -> Run | None:
+    """The run that a file or an artifact lies in: a step, what it ships, or its dense.onnx."""
+    roots = (parent for parent in path.absolute().parents[:2] if (parent / "recipe.yaml").is_file())
+    return next((Run(root, trust=trust) for root in roots), None)
 
 
 def _measured_before(found: Run | None) -> dict[str, Measurement]:

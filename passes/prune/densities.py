@@ -30,8 +30,6 @@ ROUNDS = 100
 """Of scoring in `synflow`, as in the paper: in one round alone the largest layers would go first, as a whole."""
 HALVINGS = 60
 """Of the interval of the second multiplier in `water_filling`: down to the rounding of fp64."""
-SLACK = 1e-9
-"""Share by which a budget may be exceeded before its constraint counts as binding."""
 RIDGE = 1e-9
 """Weight of equal ratios in `log_widths`, in mean weights of a layer: it moves nothing that the densities determine."""
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.SyncBatchNorm, nn.InstanceNorm2d, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
@@ -80,10 +78,7 @@ def densities(
         masks = {name: torch.ones_like(weight, dtype=torch.bool) for name, weight in weights.items()}
         network = _positive(model)
         for done in range(1, ROUNDS + 1):
-            scores = _flow(network, layers, size, masks)
-            # What is gone stays gone, also behind weights that carry nothing.
-            left = {name: score.masked_fill(~masks[name], -1) for name, score in scores.items()}
-            masks = _largest(left, share ** (done / ROUNDS), kind)
+            masks = _largest(_flow(network, layers, size, masks), share ** (done / ROUNDS), kind)
     return {name: int(mask.sum()) / mask.numel() for name, mask in masks.items()}
 
 
@@ -107,9 +102,9 @@ def synflow_scores(
 def water_filling(costs: Tensor, budgets: Tensor) -> Tensor:
     """Densities (layers,) with the largest product, at most 1 each, that keep to every budget.
 
-    p = min(1, 1 / (lambda a + mu b)): under one budget every layer below 1 spends the same. Multipliers in one
-    proportion are found in closed form, the proportion of two by halving: under the mean of both budgets, weighted by
-    it, one is exceeded as long as the other is not met.
+    p = min(1, 1 / (lambda a + mu b)): under one budget every layer below 1 spends the same. For a given proportion of
+    two multipliers that holds for the sum of both costs, weighted by them; it gives more to a cost whose multiplier is
+    too small, so the proportion is found by halving, and is 0 or 1 where one budget alone binds.
 
     Args:
         costs: (k, layers) fp64, k 1 or 2, what each layer costs in full; the first row above 0, the second 0 or more.
@@ -121,15 +116,11 @@ def water_filling(costs: Tensor, budgets: Tensor) -> Tensor:
         need = (1 - proportion) * needs[0] + proportion * needs[-1]
         return _scaled(1 / need, need, 1.0)
 
-    for proportion in (0.0, 1.0):
-        found = under(proportion)
-        if bool((needs @ found <= 1 + SLACK).all()):
-            return found
     low, high = 0.0, 1.0
     for _ in range(HALVINGS):
         middle = (low + high) / 2
-        first, second = (needs @ under(middle)).tolist()
-        low, high = (low, middle) if first > second else (middle, high)
+        used = needs @ under(middle)
+        low, high = (low, middle) if used[0] > used[-1] else (middle, high)
     return under(low)
 
 
@@ -148,7 +139,7 @@ def log_widths(
             group on its second side alone.
         weights: layer -> what its density counts, above 0, of all layers in `sides`.
     """
-    from scipy.optimize import nnls  # half a second that no other kind of pruning needs
+    from scipy.optimize import nnls  # type: ignore[import-untyped]  # half a second that nothing else here needs
 
     groups = list(dict.fromkeys(group for pair in sides.values() for group in pair if group is not None))
     used = [layer for layer, pair in sides.items() if pair != (None, None)]
@@ -247,7 +238,7 @@ def _largest(scores: Mapping[str, Tensor], share: float, kind: Density) -> dict[
     if not (math.isfinite(best) and best > 0):
         state = "all zero" if best == 0 else "not finite"
         raise PassError(f"prune: {kind} scores of the weights are {state}, which ranks nothing; take erk densities")
-    parts = torch.split(flat, lengths := [score.numel() for score in scores.values()])  # type: ignore[no-untyped-call]
+    parts = torch.split(flat, lengths := [score.numel() for score in scores.values()])
     for part in parts:
         part[part.argmax()] = math.inf
     count = max(round(share * len(flat)), len(scores))
@@ -256,7 +247,7 @@ def _largest(scores: Mapping[str, Tensor], share: float, kind: Density) -> dict[
     # Equals are taken evenly over all layers, not from the first on.
     equals, left = (flat == least).nonzero()[:, 0], count - int(kept.sum())
     kept[equals[torch.arange(left) * len(equals) // left]] = True
-    parts = torch.split(kept, lengths)  # type: ignore[no-untyped-call]
+    parts = torch.split(kept, lengths)
     return {name: part.view_as(score) for (name, score), part in zip(scores.items(), parts, strict=True)}
 
 

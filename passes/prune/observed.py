@@ -190,7 +190,8 @@ class _Sums:
 
     def add(self, x: Tensor, batch: range) -> None:
         if not x.isfinite().all():
-            raise PassError(f"prune: layer {self.spot.layer!r} sees values that are not finite; check weights, images")
+            name = self.spot.layer
+            raise PassError(f"prune: layer {name!r} sees values that are not finite; check weights and images")
         # A table of the network's own, not the images': one and the same in every batch.
         shown = batch if x.shape[0] % len(batch) == 0 else range(1)
         if self.weight is None:

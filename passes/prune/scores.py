@@ -27,8 +27,6 @@ class Part:
     members: tuple[Member, ...]
     spots: tuple[Spot, ...]
     """Where they are read; of queries and keys, which no layer reads, where they are put out."""
-    scale: float = 1.0
-    """Of queries and keys: what their products are multiplied by."""
 
 
 def parts_of(group: Group) -> list[Part]:
@@ -39,7 +37,6 @@ def parts_of(group: Group) -> list[Part]:
             if member.reads:
                 read.setdefault(member.layer, []).append(member.index)
         return [Part(group.members, tuple(Spot(layer, torch.cat(index, 1)) for layer, index in read.items()))]
-    assert group.scale is not None  # every group of `dims` has it
     # (heads * width, 3): row of the query, key and value
     places = torch.arange(3 * group.width).view(3, -1).T
     queries, values = places[:, :2], places[:, 2:]
@@ -49,7 +46,6 @@ def parts_of(group: Group) -> list[Part]:
         Part(
             tuple(replace(member, index=queries) for member in making),
             (Spot(making[0].layer, queries, output=True),),
-            group.scale,
         ),
         Part(
             (*(replace(member, index=values) for member in making), *reading),
@@ -96,7 +92,9 @@ def energy(weight: Tensor, second: Tensor, mean: Tensor | None) -> Tensor:
 
 
 def gram(model: nn.Module, part: Part, seen: Mapping[Spot, Seen], depends: Mapping[str, float]) -> Tensor:
-    """Energy that each unit carries into its readers; of queries and keys E[q^2] E[k^2] scale^2, that of the logits.
+    """Energy that each unit carries into its readers; of queries and keys E[q^2] E[k^2].
+
+    That is the energy they give to the logits, up to the attention's scale, which no share of a head depends on.
 
     depends: reader -> nats for each unit of squared error of its output, by which several readers are weighed; those
     that are missing count 1.
@@ -105,7 +103,7 @@ def gram(model: nn.Module, part: Part, seen: Mapping[Spot, Seen], depends: Mappi
     for spot in part.spots:
         moments = seen[spot]
         if spot.output:
-            total += moments.second.diagonal(dim1=1, dim2=2).prod(1) * part.scale**2
+            total += moments.second.diagonal(dim1=1, dim2=2).prod(1)
             continue
         layer = cast(Layer, model.get_submodule(spot.layer))
         weight = columns(layer, spot.index).double().cpu()

@@ -302,6 +302,7 @@ def test_a_later_training_keeps_the_zeros(step: Finetune | Distill, trained: Art
     assert zeros_of(after, keys).keys() == expected.keys()
     for key, zeros in zeros_of(after, keys).items():
         assert torch.equal(zeros, expected[key])
+        assert int(zeros.sum()) == zeros.numel() // 2
         assert not torch.equal(after.state_dict()[key], trained.state_dict()[key]), "nothing was trained"
 
 
