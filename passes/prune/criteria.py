@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, cast
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +25,7 @@ from slim.contract import Progress, no_progress
 from slim.errors import PassError
 from slim.passes.prune import scores
 from slim.passes.prune.groups import Group
-from slim.passes.prune.observed import EVAL_BATCH, Calibration, Seen, Spot, look, slopes
+from slim.passes.prune.observed import EVAL_BATCH, Calibration, Seen, Spot, look, reached, slopes
 from slim.passes.prune.scores import Part, by_slot, parts_of, unreached
 from slim.passes.sensitivity import sensitivities
 
@@ -81,34 +81,32 @@ def ranked(
             "give data with a training split, or criterion group-l2"
         )
     given = batches and Calibration(batches, images, seed, device or torch.device("cpu"), progress)
-    parts = [parts_of(group) for group in groups]
-    spots = [spot for some in parts for part in some for spot in part.spots]
-    seen: dict[Spot, Seen] | None = None
+    parts = {group: parts_of(group) for group in groups}
+    left: dict[str, str] = {}
+    if given and (criterion in ("gram", "taylor") or compare):
+        on_way = reached(model, [spot for some in parts.values() for part in some for spot in part.spots], given)
+        why = {group.name: [unreached(part, on_way) for part in some] for group, some in parts.items()}
+        left |= {name: reason for name, reasons in why.items() for reason in reasons if reason}
+    parts = {group: some for group, some in parts.items() if group.name not in left}
+    flat = [part for some in parts.values() for part in some]
+    spots = [spot for part in flat for spot in part.spots]
+    seen = look(model, spots, given) if given and (criterion == "gram" or compare) else {}
     depends: dict[str, float] = {}
-    if given and (criterion == "gram" or compare):
-        seen = look(model, spots, given)
     if given and compare:
         names = list(dict.fromkeys(spot.layer for spot in spots if not spot.output))
         depends = sensitivities(model, names, given.cut(EVAL_BATCH), seed=seed, device=device, progress=progress)
-    scored = iter(_scored(model, [part for some in parts for part in some], criterion, given, seen, depends, seed))
+    scored = dict(zip(flat, _scored(model, flat, criterion, given, seen, depends, seed), strict=True))
     found: list[Ranked] = []
-    left: dict[str, str] = {}
-    for group, some in zip(groups, parts, strict=True):
-        own = [next(scored) for _ in some]
-        reasons = [one for one in own if isinstance(one, str)]
-        if seen is not None:
-            reasons += [why for part in some if (why := unreached(part, seen))]
-        if reasons:
-            left[group.name] = reasons[0]
+    for group, some in parts.items():
+        lost = [one for part in some if (one := scored[part]) is not None]
+        if len(lost) < len(some):
+            left[group.name] = "no batch norm among its members"
             continue
-        lost = [cast(Tensor, one) for one in own]
         if not all(one.isfinite().all() for one in lost):
             raise PassError(f"prune: scores of {group.name!r} are not finite; start from weights that are")
         ordered, of_units = by_slot(group, *lost) if group.kind == "dims" else (group, lost[0])
-        importance = 1.0
-        if compare and seen is not None:
-            read = [spot for part in some for spot in part.spots if not spot.output]
-            importance = sum(depends[spot.layer] * seen[spot].energy for spot in read)
+        read = [spot for part in some for spot in part.spots if not spot.output]
+        importance = sum(depends[spot.layer] * seen[spot].energy for spot in read) if depends else 1.0
         found.append(Ranked(ordered, of_units, importance))
     return found, left
 
@@ -118,23 +116,22 @@ def _scored(
     parts: Sequence[Part],
     criterion: Criterion,
     given: Calibration | None,
-    seen: Mapping[Spot, Seen] | None,
+    seen: Mapping[Spot, Seen],
     depends: Mapping[str, float],
     seed: int,
-) -> Sequence[Tensor | str]:
-    """Scores (units,) fp64 of every part, or why there are none."""
+) -> Sequence[Tensor | None]:
+    """Scores (units,) fp64 of every part; none where `bn` has no norm."""
     if criterion == "random":
         return scores.random(parts, seed)
     if criterion == "group-l2":
         return [scores.group_l2(model, part) for part in parts]
+    if criterion == "gram":
+        return [scores.gram(model, part, seen, depends) for part in parts]
     assert given is not None  # `ranked` has asked
     if criterion == "bn":
         return scores.bn(model, parts, given)
-    if criterion == "taylor":
-        slope = slopes(model, [spot for part in parts for spot in part.spots], given)
-        return [unreached(part, slope) or torch.stack([slope[spot] for spot in part.spots]).sum(0) for part in parts]
-    assert seen is not None  # `ranked` has looked
-    return [unreached(part, seen) or scores.gram(model, part, seen, depends) for part in parts]
+    slope = slopes(model, [spot for part in parts for spot in part.spots], given)
+    return [torch.stack([slope[spot] for spot in part.spots]).sum(0) for part in parts]
 
 
 def share_lost(scores: Tensor) -> Tensor:

@@ -89,6 +89,7 @@ def synflow_scores(
 
     In eval mode with all parameters positive and without norms, whose statistics would undo any scale. In a chain of
     layers without biases whose activations are linear for positive inputs the scores of every layer have one sum.
+    Gates are saturated by such inputs and carry nothing, so squeeze-and-excitation comes out nearly empty.
 
     Args:
         model: on the CPU; left as it is.

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from slim.contract import Progress
+from slim.contract import Progress, no_progress
 from slim.errors import PassError
 from slim.passes.calibrate import Layer, rows, thinned
 from slim.passes.repair import Spread
@@ -74,7 +74,7 @@ class Seen:
 
 
 def look(model: nn.Module, spots: Sequence[Spot], given: Calibration) -> dict[Spot, Seen]:
-    """Moments at every spot; those whose layer is not called are missing.
+    """Moments at every spot, all of which images reach.
 
     Raises:
         PassError: a layer sees or puts out values that are not finite.
@@ -92,7 +92,16 @@ def look(model: nn.Module, spots: Sequence[Spot], given: Calibration) -> dict[Sp
             batch = range(batch.stop, batch.stop + len(images))
             model(images)
             advance(len(images))
-    return {sums.spot: sums.seen() for sums in found if sums.n}
+    return {sums.spot: sums.seen() for sums in found}
+
+
+def reached(model: nn.Module, spots: Sequence[Spot], given: Calibration) -> frozenset[Spot]:
+    """Spots on the way from an image to the prediction.
+
+    The others have a layer that is not called, or that is called with a table of the network's own.
+    """
+    first = replace(given, batches=lambda: [next(given.cut(1))], images=1, progress=no_progress)
+    return frozenset(slopes(model, spots, first))
 
 
 def slopes(model: nn.Module, spots: Sequence[Spot], given: Calibration) -> dict[Spot, Tensor]:
@@ -192,12 +201,10 @@ class _Sums:
         if not x.isfinite().all():
             name = self.spot.layer
             raise PassError(f"prune: layer {name!r} sees values that are not finite; check weights and images")
-        # A table of the network's own, not the images': one and the same in every batch.
-        shown = batch if x.shape[0] % len(batch) == 0 else range(1)
         if self.weight is None:
-            found = thinned(x, shown, ROWS_PER_IMAGE)[:, :, None]
+            found = thinned(x, batch, ROWS_PER_IMAGE)[:, :, None]
         else:
-            found = rows(self.layer, x, shown, ROWS_PER_IMAGE).view(-1, self.layer.weight.shape[1], self._taps)
+            found = rows(self.layer, x, batch, ROWS_PER_IMAGE).view(-1, self.layer.weight.shape[1], self._taps)
         units = found[:, self.spot.index.to(x.device)].flatten(2)
         if self.weight is not None:
             made = units.flatten(1) @ self.weight.T

@@ -62,7 +62,6 @@ def by_slot(group: Group, queries: Tensor, values: Tensor) -> tuple[Group, Tenso
     """
     heads, width = group.unit, group.units
     best, order = torch.stack([queries, values]).view(2, heads, width).sort(dim=2, descending=True, stable=True)
-    best = best / best[:, :, :1].clamp(min=TINY)  # no sum overflows
     shares = best / best.sum(2, keepdim=True).clamp(min=TINY)
     # (3, heads, width): row of the query, key or value
     grid = torch.arange(3 * heads).view(3, heads, 1) * width + order[[0, 0, 1]]
@@ -71,12 +70,15 @@ def by_slot(group: Group, queries: Tensor, values: Tensor) -> tuple[Group, Tenso
     return replace(group, members=members), shares.sum((0, 1))
 
 
-def unreached(part: Part, seen: Container[Spot]) -> str | None:
-    """Why what was seen says nothing of the part; none where it does."""
+def unreached(part: Part, reached: Container[Spot]) -> str | None:
+    """Why images say nothing of the part; none where they do.
+
+    Some layers are called with a table of the network's own, which no gradient would tell from what has no effect.
+    """
     if not part.spots:
         return "no layer reads its channels"
-    missing = [spot.layer for spot in part.spots if spot not in seen]
-    return f"layer {missing[0]!r} is not called on the way to the prediction" if missing else None
+    missing = [spot.layer for spot in part.spots if spot not in reached]
+    return f"no image reaches layer {missing[0]!r}" if missing else None
 
 
 def energy(weight: Tensor, second: Tensor, mean: Tensor | None) -> Tensor:
@@ -143,17 +145,13 @@ def norm_variance(norm: nn.Module, variance: Tensor) -> Tensor:
     return found if one.weight is None else found * one.weight.detach().double().cpu().square()
 
 
-def bn(model: nn.Module, parts: Sequence[Part], given: Calibration) -> list[Tensor | str]:
-    """Variance that the batch norms of each part put out, summed over the channels of a unit; or why there is none."""
+def bn(model: nn.Module, parts: Sequence[Part], given: Calibration) -> list[Tensor | None]:
+    """Variance that the batch norms of each part give a unit, summed over its channels; none where it has no norm."""
     norms = [norms_of(model, part) for part in parts]
     seen = variances(model, list(dict.fromkeys(name for some in norms for name in some)), given)
     out = {name: norm_variance(model.get_submodule(name), variance) for name, variance in seen.items()}
-
-    def score(some: Mapping[str, Tensor]) -> Tensor | str:
-        called = [out[name][index].sum(1) for name, index in some.items() if name in out]
-        return torch.stack(called).sum(0) if called else "no batch norm among its members"
-
-    return [score(some) for some in norms]
+    each = [[out[name][index].sum(1) for name, index in some.items() if name in out] for some in norms]
+    return [torch.stack(called).sum(0) if called else None for called in each]
 
 
 def random(parts: Sequence[Part], seed: int) -> list[Tensor]:

@@ -16,6 +16,7 @@ from slim.errors import PassError
 from slim.passes.prune.criteria import Criterion, Ranked, ranked, share_lost
 from slim.passes.prune.cut import pruned, silenced
 from slim.passes.prune.groups import Group, Member, groups_of
+from slim.passes.prune.scores import energy as unit_energy
 from slim.passes.sensitivity import sensitivities
 from tests.contract.zoo import SIZE, artifact
 
@@ -146,14 +147,22 @@ def test_a_dead_channel_scores_zero_and_a_doubled_one_four_times_as_much(criteri
     torch.testing.assert_close(scores[2], 4 * scores[1], rtol=1e-5, atol=0.0)
 
 
-def test_a_channel_that_never_changes_costs_a_reader_with_a_bias_nothing() -> None:
-    model = Forked()
+def test_channels_that_never_change_cost_a_reader_with_a_bias_nothing() -> None:
+    model, values = Forked(), torch.tensor([0.1, 0.3, 0.7, 1.1, 2.3])
     with torch.no_grad():
-        model.first.weight[3], model.first.bias[3] = 0.0, 2.0
-    images = shown(20, TOY)
-    assert rank(model, model.group("one"), "gram", images).scores[3] == pytest.approx(0, abs=1e-12)
-    free = rank(model, model.group("two"), "gram", images).scores[3]
-    assert float(free) == pytest.approx(4 * float(model.two.weight.detach()[:, 3].square().sum()))
+        model.first.weight.zero_()
+        model.first.bias.copy_(values)
+    images = shown(19, TOY)
+    scores = rank(model, model.group("one"), "gram", images).scores
+    assert (scores < 1e-12).all()  # the variance of a constant is rounding of fp64
+    free = rank(model, model.group("two"), "gram", images).scores
+    expected = (values * model.two.weight.detach()).double().square().sum(0)
+    torch.testing.assert_close(free, expected, rtol=1e-6, atol=0.0)
+
+
+def test_no_score_is_below_zero_where_rounding_leaves_less_than_the_mean_explains() -> None:
+    one = torch.ones(1, 1, 1, dtype=torch.double)
+    assert float(unit_energy(one, one, one[0] + 1e-15)) == 0.0
 
 
 def test_gram_weighs_several_readers_by_what_the_prediction_makes_of_them_where_groups_compete() -> None:
@@ -180,6 +189,28 @@ def test_taylor_is_the_squared_first_order_change_of_the_likelihood_through_each
         ways = [(a * (slope @ layer.weight.double())).square().mean(0) for layer in (model.one, model.two)]
     torch.testing.assert_close(scores, ways[0] + ways[1], rtol=1e-4, atol=1e-9)
     assert rank(model, model.group("one", "two"), "taylor", images, seed=4).scores.ne(scores).any()
+
+
+@pytest.mark.parametrize(("name", "group"), [("resnet", "layer2.0.conv1"), ("vit", "blocks.0.attn.qkv:heads")])
+def test_taylor_is_the_squared_slope_of_a_gate_on_all_that_a_unit_brings(name: str, group: str) -> None:
+    model, one = group_of(name, group)
+    images, (reader,) = shown(8), one.readers
+    index = next(member.index for member in one.members if member.reads)
+    gates = torch.ones(8, one.width, requires_grad=True)
+
+    def gate(layer: nn.Module, inputs: tuple[Tensor, ...]) -> Tensor:
+        shape = (8, -1, 1, 1) if isinstance(layer, nn.Conv2d) else (8, 1, -1)
+        return inputs[0] * gates.view(shape)
+
+    with model.get_submodule(reader).register_forward_pre_hook(gate):
+        likely = model(images).log_softmax(1)
+    drawn = torch.multinomial(likely.detach().exp(), 1, generator=torch.Generator().manual_seed(0))
+    (slope,) = torch.autograd.grad(likely.gather(1, drawn).sum(), gates)
+    expected = slope.double()[:, index].sum(2).square().mean(0)
+    # Sums over positions in fp32, whose terms cancel in part.
+    torch.testing.assert_close(
+        rank(model, one, "taylor", images).scores, expected, rtol=1e-3, atol=1e-4 * float(expected.max())
+    )
 
 
 def test_group_l2_sums_squares_in_units_of_each_tensors_mean_square() -> None:
@@ -384,8 +415,7 @@ def test_what_cannot_be_ranked_says_why() -> None:
     assert why(model.group("one"), "bn", compare=False) == "no batch norm among its members"
     for criterion in ("gram", "taylor"):
         assert why(model.group(), criterion, compare=False) == "no layer reads its channels"
-        unused = why(model.group("one", "spare"), criterion, compare=False)
-        assert unused == "layer 'spare' is not called on the way to the prediction"
+        assert why(model.group("one", "spare"), criterion, compare=False) == "no image reaches layer 'spare'"
     assert why(model.group(), "group-l2") == "no layer reads its channels"
     assert ranked(model, [model.group()], "group-l2", feed(images), images=4, seed=0, compare=False)[0]
 
@@ -398,17 +428,31 @@ def test_criteria_that_look_at_images_ask_for_some(criterion: Criterion) -> None
         ranked(model, [model.group("one")], criterion, None, images=0, seed=0)
 
 
+def test_a_table_that_passes_through_layers_is_no_group_that_could_go_for_nothing() -> None:
+    class Tabled(Forked):
+        def forward(self, images: Tensor) -> Tensor:
+            table = self.two(self.first(torch.ones(3, 48)).relu())
+            return cast(Tensor, self.one(images.flatten(1)[:, :5]) + table.mean(0))
+
+    model, images = Tabled(), shown(6, TOY)
+    for criterion in EVERY:
+        found, left = ranked(model, [model.group("two")], criterion, feed(images), images=6, seed=0)
+        assert not found
+        assert left == {"first": "no image reaches layer 'two'"}
+
+
 def test_values_that_are_not_finite_are_an_error() -> None:
     model, images = Forked(), shown(4, TOY)
-    with torch.no_grad():
-        model.first.weight[0, 0] = torch.inf
     group = model.group("one")
+    images[2, 0, 0, 0] = torch.nan
     with pytest.raises(PassError, match="prune: layer 'one' sees values that are not finite; check weights and images"):
         rank(model, group, "gram", images)
     with pytest.raises(PassError, match="prune: the network's output is not finite; check weights and images"):
         rank(model, group, "taylor", images, compare=False)
+    with torch.no_grad():
+        model.first.weight[0, 0] = torch.inf
     with pytest.raises(PassError, match="prune: scores of 'first' are not finite; start from weights that are"):
-        rank(model, group, "group-l2", images, compare=False)
+        ranked(model, [group], "group-l2", None, images=0, seed=0)
 
 
 @pytest.mark.parametrize(

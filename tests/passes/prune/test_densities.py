@@ -369,9 +369,6 @@ def test_without_groups_there_are_no_widths() -> None:
     assert log_widths({"layer": 0.5}, {"layer": (None, None)}, {"layer": 1.0}) == {}
 
 
-# Sides
-
-
 def groups_in(model: nn.Module, size: tuple[int, int, int]) -> list[Group]:
     return trusted(model, groups_of(model, size)[0], size)[0]
 
