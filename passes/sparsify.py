@@ -82,7 +82,7 @@ class Sparsify(Choosing, Training, Augment, Pass):
 
     def plan(self, model: nn.Module, context: Context) -> Plan:
         """What prune will keep; see there."""
-        chooser = Chooser(self, model, context, self.name, compare=self.ranking in (None, "global"))
+        chooser = Chooser(self, model, context, self.name)
         plan = chooser.reach(self.to)
         if not plan["groups"]:
             reasons = sorted(set(chooser.left.values())) or ["every group keeps all it has"]

@@ -55,7 +55,7 @@ class Choosing(BaseModel):
 class Chooser:
     """The groups of one network, ranked, and the plans that come of them."""
 
-    def __init__(self, given: Choosing, model: nn.Module, context: Context, name: str, *, compare: bool) -> None:
+    def __init__(self, given: Choosing, model: nn.Module, context: Context, name: str) -> None:
         assert context.backbone is not None  # Pass.__call__ set it
         self.given, self.model, self.context, self.name = given, model, context, name
         self.size = context.backbone.input.size
@@ -72,7 +72,7 @@ class Chooser:
                 seed=context.seed,
                 device=context.device,
                 progress=context.progress,
-                compare=compare and looks,
+                compare=False,
             )
         self.left |= unranked
         self.options = [widths.allowed(one.group, given.align, given.floor) for one in self.ranked]

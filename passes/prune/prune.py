@@ -74,8 +74,7 @@ class Prune(Choosing, Pass):
         """What stays of every tensor, by group, and why the other groups stay whole."""
         if self.to == SPARSIFIED:
             return self._sparsified(context)
-        compare = self.to is not None and self.ranking in (None, "global")
-        chooser = Chooser(self, model, context, self.name, compare=compare)
+        chooser = Chooser(self, model, context, self.name)
         plan = chooser.at_ratio(self.ratio) if self.ratio is not None else chooser.reach(str(self.to))
         if not plan["groups"]:
             reasons = sorted(set(chooser.left.values())) or ["every group keeps all it has"]

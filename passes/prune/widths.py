@@ -62,7 +62,7 @@ class Widths:
 
     def __post_init__(self) -> None:
         # The square: by the share itself a budget would be met by emptying two or three groups.
-        losses = [(one.importance * share_lost(one.scores) ** 2).tolist() for one in self.ranked]
+        losses = [(share_lost(one.scores) ** 2).tolist() for one in self.ranked]
         object.__setattr__(self, "losses", losses)
 
     @cached_property

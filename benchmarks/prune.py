@@ -1,0 +1,206 @@
+"""What pruning costs in accuracy: criteria with and without repair, and sparsify > prune > recover against others.
+
+    SLIM_TEST_DATA=/path python -m benchmarks.prune                          # whatever has no result yet
+    SLIM_TEST_DATA=/path python -m benchmarks.prune mobilenetv2 resnet vit   # these networks alone
+
+Each figure is a file benchmarks/results/prune/NETWORK/ARM-SHARE-SEED.json. MobileNetV2 is a real ImageNet network that
+is not trained: 250 images calibrate, 250 others, of other classes, are reported on. ResNet and ViT are those of
+benchmarks/low_rank.py, trained on CIFAR-10 (JPEG); every arm trains on the same 10,000 images for as many epochs, the
+dense network as well, and the 10,000 test images are reported on. Nothing is chosen on images that are reported on.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from benchmarks.group_norm_pruner import share_of_macs, sparsify_and_prune
+from benchmarks.low_rank import TARGET, apply, begin
+from slim import costs, environment
+from slim.artifact import Artifact
+from slim.bench.measure import TargetMeter
+from slim.console import bars
+from slim.contract import Context, Loading, Pass
+from slim.data import Data, open_data
+from slim.export.target import Target
+from slim.passes.distill import Distill
+from slim.passes.finetune import Finetune
+from slim.passes.prune import Prune
+from slim.passes.sparsify import Sparsify
+
+RESULTS = Path(__file__).parent / "results" / "prune"
+IMAGES = 10_000
+RATE: dict[str, Any] = {"lr": 5e-4}
+PLAIN: dict[str, Any] = {"criterion": "group-l2", "ranking": "local", "repair": "none"}
+LEARNED: dict[str, Any] = {**RATE, "label_weight": 1.0}
+GROUP_NORM_PRUNER = "group-norm-pruner"
+
+
+@dataclass(frozen=True)
+class Arm:
+    """What is done to the dense network, and with which seeds."""
+
+    passes: tuple[Pass, ...]
+    seeds: tuple[int, ...] = (0,)
+    share_of_macs: float | None = None
+    """Of torch-pruning's own pruner, which takes the place of the passes before."""
+
+
+def mobilenetv2() -> dict[str, Arm]:
+    """Without training: every criterion, with and without repair."""
+    found = {"dense": Arm(())}
+    for criterion in ("gram", "taylor", "group-l2", "bn", "random"):
+        for repair in ("none", "both"):
+            found[f"{criterion}-{repair}-0.8-macs"] = Arm((Prune(to="0.8x-macs", criterion=criterion, repair=repair),))
+    for ranking in ("local", "isomorphic"):
+        found[f"gram-{ranking}-0.8-macs"] = Arm((Prune(to="0.8x-macs", ranking=ranking),))
+    for share in (0.9, 0.7):
+        found[f"gram-both-{share}-macs"] = Arm((Prune(to=f"{share}x-macs"),))
+    found["gram-both-0.8-latency"] = Arm((Prune(to="0.8x-latency"),))
+    return found
+
+
+def trained(sparse: int, rest: int, shares: dict[str, tuple[int, ...]]) -> dict[str, Arm]:
+    """Sparsify, prune, recover, against pruning and fine-tuning for as many epochs.
+
+    Args:
+        sparse: epochs of sparsify.
+        rest: epochs behind the cut, where there was a sparsify.
+        shares: budget -> seeds.
+    """
+    whole = sparse + rest
+    found = {"dense": Arm(()), "dense-trained": Arm((Finetune(epochs=whole, **RATE),))}
+    for budget, seeds in shares.items():
+        to, name = budget, budget.replace("x-", "-")
+        cut = (Sparsify(to=to, epochs=sparse, **RATE), Prune(to="sparsified"))
+        found[f"sparsified-recovered-{name}"] = Arm((*cut, Distill(epochs=rest, **LEARNED)), seeds)
+        plain = (Prune(to=to, **PLAIN), Finetune(epochs=whole, **RATE))
+        found[f"pruned-finetuned-{name}"] = Arm(plain, seeds)
+        found[f"pruned-recovered-{name}"] = Arm((Prune(to=to), Distill(epochs=whole, **LEARNED)))
+        if to.endswith("macs"):
+            found[f"{GROUP_NORM_PRUNER}-{name}"] = Arm(
+                (Finetune(epochs=rest, **RATE),), seeds, float(to.partition("x")[0])
+            )
+        else:  # nothing in it knows a latency: it is given what ours came to
+            found[f"{GROUP_NORM_PRUNER}-{name}"] = Arm((Finetune(epochs=rest, **RATE),), seeds, 0.0)
+    return found
+
+
+def vit() -> dict[str, Arm]:
+    """Whether pruning after sparsity beats pruning without, with and without training behind the cut."""
+    found = {"dense": Arm(()), "dense-trained": Arm((Finetune(epochs=4, **RATE),))}
+    to, name = "0.6x-macs", "0.6-macs"
+    finetune, longer = Finetune(epochs=2, **RATE), Finetune(epochs=4, **RATE)
+    sparsify = Sparsify(to=to, epochs=2, **RATE)
+    attention = Sparsify(to=to, epochs=2, attention=0.01, **RATE)
+    cut = Prune(to="sparsified")
+    found[f"pruned-{name}"] = Arm((Prune(to=to),))
+    found[f"pruned-finetuned-{name}"] = Arm((Prune(to=to), longer), (0, 1, 2))
+    found[f"trained-pruned-{name}"] = Arm((finetune, Prune(to=to)))
+    found[f"sparsified-{name}"] = Arm((sparsify, cut))
+    found[f"sparsified-finetuned-{name}"] = Arm((sparsify, cut, finetune), (0, 1, 2))
+    found[f"attention-finetuned-{name}"] = Arm((attention, cut, finetune))
+    return found
+
+
+NETWORKS = {
+    "mobilenetv2": mobilenetv2,
+    "resnet": lambda: trained(2, 4, {"0.333x-macs": (0, 1, 2), "0.5x-macs": (0,), "0.5x-latency": (0,)}),
+    "vit": vit,
+}
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    for name in sys.argv[1:] or NETWORKS:
+        dense, data = begin(name)
+        if name != "mobilenetv2":
+            source = f"tar:{Path(os.environ['SLIM_TEST_DATA']) / 'cifar10-jpeg.tar.xz'}"
+            data = open_data(source, limit_train=IMAGES)
+        folder = RESULTS / name
+        folder.mkdir(parents=True, exist_ok=True)
+        for arm, what in NETWORKS[name]().items():
+            for seed in what.seeds:
+                file = folder / f"{arm}-{seed}.json"
+                if not file.exists():
+                    found = run(arm, what, seed, dense, data, folder)
+                    file.write_text(json.dumps(found, indent=1) + "\n")
+                    print(f"{name} {file.stem}: {found['top1']['value']:.2f} %, {found['macs']:.3f} of the MACs")
+
+
+def run(name: str, arm: Arm, seed: int, dense: Artifact, data: Data, folder: Path) -> dict[str, Any]:
+    """One arm."""
+    with tempfile.TemporaryDirectory() as exported:
+        meter = TargetMeter(Target.parse(TARGET), dense.backbone.input, data, Path(exported), progress=bars)
+        context = Context(
+            data=data,
+            meter=meter,
+            reference=dense,
+            dense=dense,
+            seed=seed,
+            progress=bars,
+            loading=Loading(batch_size=128),
+            backbone=dense.backbone,
+        )
+        started = time.time()
+        history: list[dict[str, Any]] = []
+        after: Artifact | nn.Module
+        if arm.share_of_macs is None:
+            after = apply(arm.passes, dense, context)
+            history = [
+                {"name": s.name, "config": s.config, "metrics": s.metrics, "budget": s.plan.get("budget"),
+                 "groups": s.plan.get("groups")}
+                for s in after.history[len(dense.history) :]
+            ]  # fmt: skip
+        else:
+            after = theirs(arm, name, dense, context, folder)
+        spent = time.time() - started
+        return figures(after, dense, meter) | {
+            "arm": name,
+            "seed": seed,
+            "seconds": round(spent, 1),
+            "history": history,
+        }
+
+
+def theirs(arm: Arm, name: str, dense: Artifact, context: Context, folder: Path) -> nn.Module:
+    """torch-pruning's pruner for the same share of the operations; for a latency, for the share that ours came to."""
+    share = arm.share_of_macs
+    if not share:
+        ours = folder / f"{name.replace(GROUP_NORM_PRUNER, 'sparsified-recovered')}-{context.seed}.json"
+        share = json.loads(ours.read_text())["macs"]
+    model, size = dense.model(), dense.backbone.input.size
+    (settings,) = arm.passes
+    assert isinstance(settings, Finetune)
+    return sparsify_and_prune(
+        model, settings, context, sparse_epochs=2, fits=lambda one: share_of_macs(one, model, size) <= share
+    )
+
+
+def figures(after: Artifact | nn.Module, dense: Artifact, meter: TargetMeter) -> dict[str, Any]:
+    """What is reported of one network, against the dense one on the same images and in the same run."""
+    fields = {"value", "low", "high", "n"}
+    same = isinstance(after, Artifact) and after.digest == dense.digest
+    model = after.model() if isinstance(after, Artifact) else after
+    counted, before = costs.count(model, dense.backbone.input.size), dense.costs
+    return {
+        "params": counted["params"] / before["params"],
+        "macs": counted["macs"] / before["macs"],
+        "top1": meter.accuracy(after).model_dump(include=fields),
+        "drop": None if same else meter.drop(after, dense).model_dump(include=fields),
+        "latency_ratio": None if same else meter.compare(after, dense).model_dump(include=fields),
+        "environment": environment.describe(),
+    }
+
+
+if __name__ == "__main__":
+    main()
