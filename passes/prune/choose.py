@@ -72,7 +72,6 @@ class Chooser:
                 seed=context.seed,
                 device=context.device,
                 progress=context.progress,
-                compare=False,
             )
         self.left |= unranked
         self.options = [widths.allowed(one.group, given.align, given.floor) for one in self.ranked]

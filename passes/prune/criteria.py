@@ -1,7 +1,8 @@
-"""How much is lost with each unit of a group, by one of five criteria, and with the group as a whole.
+"""How much is lost with each unit of a group, by one of five criteria.
 
     gram      energy that the unit's channels carry into the layers that read them: tr(W G W^T) with G their second
-              moment on the images, centred where the reader has a bias, which makes up for the mean
+              moment on the images, centred where the reader has a bias, which makes up for the mean; of several
+              readers the shares of what each puts out
     group-l2  squares of the unit's weights in all tensors of the group, biases apart: sum over tensors of
               |w_u|^2 / mean(w^2), so that layers of different scale count the same
     taylor    what the log-likelihood loses to first order (Molchanov et al. 2019, arXiv:1906.10771); see observed.py
@@ -14,7 +15,7 @@ Of attention's queries, keys and values (`dims`) every head has its own order; s
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -25,9 +26,8 @@ from slim.contract import Progress, no_progress
 from slim.errors import PassError
 from slim.passes.prune import scores
 from slim.passes.prune.groups import Group
-from slim.passes.prune.observed import EVAL_BATCH, Calibration, Seen, Spot, look, reached, slopes
+from slim.passes.prune.observed import Calibration, look, reached, slopes
 from slim.passes.prune.scores import Part, by_slot, parts_of, unreached
-from slim.passes.sensitivity import sensitivities
 
 Criterion = Literal["gram", "group-l2", "taylor", "bn", "random"]
 TINY = torch.finfo(torch.double).tiny
@@ -42,8 +42,6 @@ class Ranked:
     scores: Tensor
     """(units,) fp64, finite, at least 0: what is lost with each unit, in the criterion's own unit. Of `dims` the share
     of a head's queries and keys plus that of its values, summed over the heads."""
-    importance: float = 1.0
-    """Expected divergence of the prediction in nats if the group vanished; 1 where it is not worked out."""
 
 
 def ranked(
@@ -56,7 +54,6 @@ def ranked(
     seed: int,
     device: torch.device | None = None,
     progress: Progress = no_progress,
-    compare: bool = True,
 ) -> tuple[list[Ranked], dict[str, str]]:
     """The groups with their scores, in the order given, and why the others have none.
 
@@ -69,8 +66,6 @@ def ranked(
         seed: of random scores and of the classes drawn.
         device: where to work; none: the CPU, where the scores come to lie in any case.
         progress: told after every batch.
-        compare: whether groups compete. With images the importance is worked out then, and by `gram` the readers of one
-            group count by how much the prediction depends on each; else they count the same.
 
     Raises:
         PassError: there are no images and the criterion needs some; values that are not finite.
@@ -83,19 +78,13 @@ def ranked(
     given = batches and Calibration(batches, images, seed, device or torch.device("cpu"), progress)
     parts = {group: parts_of(group) for group in groups}
     left: dict[str, str] = {}
-    if given and (criterion in ("gram", "taylor") or compare):
+    if given and criterion in ("gram", "taylor"):
         on_way = reached(model, [spot for some in parts.values() for part in some for spot in part.spots], given)
         why = {group.name: [unreached(part, on_way) for part in some] for group, some in parts.items()}
         left |= {name: reason for name, reasons in why.items() for reason in reasons if reason}
     parts = {group: some for group, some in parts.items() if group.name not in left}
     flat = [part for some in parts.values() for part in some]
-    spots = [spot for part in flat for spot in part.spots]
-    seen = look(model, spots, given) if given and (criterion == "gram" or compare) else {}
-    depends: dict[str, float] = {}
-    if given and compare:
-        names = list(dict.fromkeys(spot.layer for spot in spots if not spot.output))
-        depends = sensitivities(model, names, given.cut(EVAL_BATCH), seed=seed, device=device, progress=progress)
-    scored = dict(zip(flat, _scored(model, flat, criterion, given, seen, depends, seed), strict=True))
+    scored = dict(zip(flat, _scored(model, flat, criterion, given, seed), strict=True))
     found: list[Ranked] = []
     for group, some in parts.items():
         lost = [one for part in some if (one := scored[part]) is not None]
@@ -105,9 +94,7 @@ def ranked(
         if not all(one.isfinite().all() for one in lost):
             raise PassError(f"prune: scores of {group.name!r} are not finite; start from weights that are")
         ordered, of_units = by_slot(group, *lost) if group.kind == "dims" else (group, lost[0])
-        read = [spot for part in some for spot in part.spots if not spot.output]
-        importance = sum(depends[spot.layer] * seen[spot].energy for spot in read) if depends else 1.0
-        found.append(Ranked(ordered, of_units, importance))
+        found.append(Ranked(ordered, of_units))
     return found, left
 
 
@@ -116,8 +103,6 @@ def _scored(
     parts: Sequence[Part],
     criterion: Criterion,
     given: Calibration | None,
-    seen: Mapping[Spot, Seen],
-    depends: Mapping[str, float],
     seed: int,
 ) -> Sequence[Tensor | None]:
     """Scores (units,) fp64 of every part; none where `bn` has no norm."""
@@ -125,12 +110,14 @@ def _scored(
         return scores.random(parts, seed)
     if criterion == "group-l2":
         return [scores.group_l2(model, part) for part in parts]
-    if criterion == "gram":
-        return [scores.gram(model, part, seen, depends) for part in parts]
     assert given is not None  # `ranked` has asked
     if criterion == "bn":
         return scores.bn(model, parts, given)
-    slope = slopes(model, [spot for part in parts for spot in part.spots], given)
+    spots = [spot for part in parts for spot in part.spots]
+    if criterion == "gram":
+        seen = look(model, spots, given)
+        return [scores.gram(model, part, seen) for part in parts]
+    slope = slopes(model, spots, given)
     return [torch.stack([slope[spot] for spot in part.spots]).sum(0) for part in parts]
 
 

@@ -93,13 +93,11 @@ def energy(weight: Tensor, second: Tensor, mean: Tensor | None) -> Tensor:
     return found.clamp(min=0)
 
 
-def gram(model: nn.Module, part: Part, seen: Mapping[Spot, Seen], depends: Mapping[str, float]) -> Tensor:
+def gram(model: nn.Module, part: Part, seen: Mapping[Spot, Seen]) -> Tensor:
     """Energy that each unit carries into its readers; of queries and keys E[q^2] E[k^2].
 
     That is the energy they give to the logits, up to the attention's scale, which no share of a head depends on.
-
-    depends: reader -> nats for each unit of squared error of its output, by which several readers are weighed; those
-    that are missing count 1.
+    Several readers count as much as each other: by the shares of what each makes of all units.
     """
     total = torch.zeros(len(part.members[0].index), dtype=torch.double)
     for spot in part.spots:
@@ -109,8 +107,8 @@ def gram(model: nn.Module, part: Part, seen: Mapping[Spot, Seen], depends: Mappi
             continue
         layer = cast(Layer, model.get_submodule(spot.layer))
         weight = columns(layer, spot.index).double().cpu()
-        weighed = depends.get(spot.layer, 1.0) if len(part.spots) > 1 else 1.0
-        total += weighed * energy(weight, moments.second, moments.mean if layer.bias is not None else None)
+        whole = max(moments.energy, TINY) if len(part.spots) > 1 else 1.0
+        total += 1 / whole * energy(weight, moments.second, moments.mean if layer.bias is not None else None)
     return total
 
 
