@@ -24,6 +24,15 @@ TRAINING: dict[str, Any] = {
     "freeze_norms": True,
     "precision": "fp32",
 }
+CHOOSING: dict[str, Any] = {
+    "criterion": "taylor",
+    "ranking": "local",
+    "scope": "all",
+    "heads": "dims",
+    "align": 16,
+    "floor": 16,
+    "skip": ("stages.0.*",),
+}
 VALUES: dict[str, dict[str, Any]] = {
     "distill": {
         **TRAINING,
@@ -61,12 +70,35 @@ VALUES: dict[str, dict[str, Any]] = {
         "gate_epochs": 2,
         "gate_lr": 1e-3,
     },
+    "mask": {
+        **TRAINING,
+        "pattern": "unstructured",
+        "share": 0.75,
+        "criterion": "magnitude",
+        "skip": ("stages.0.*",),
+        "memory_gb": 0.5,
+    },
     "merge": {"fold_norms": False, "fold_scales": False, "pairs": False},
+    "prune": {**CHOOSING, "to": "0.6x-latency", "ratio": 0.5, "repair": "norms", "memory_gb": 0.5},
+    "sparsify": {
+        **{name: value for name, value in TRAINING.items() if name != "ema"},
+        **CHOOSING,
+        "to": "0.5x-macs",
+        "penalty": "lasso",
+        "strength": 2.0,
+        "attention": 0.01,
+        "ema": 0.0,
+    },
 }
 """A value other than the default for every field of every pass."""
+ONE_VALUE = {("sparsify", "ema")}
+"""Fields that a pass has from another and takes no other value for."""
 ALONG = {
     ("distill", "cache"): {"method": ("kd",)},
     ("distill", "trainable"): {"method": ("kd",)},
     ("low-rank", "select"): {"to": "0.5x-params"},
+    ("mask", "share"): {"pattern": "unstructured"},
+    **{("prune", name): {"ratio": 0.5} for name in (*CHOOSING, "repair", "memory_gb")},
+    **{("sparsify", name): {"to": "0.5x-macs"} for name in VALUES["sparsify"] if name != "to"},
 }
 """What a value needs beside it to make sense."""

@@ -18,7 +18,10 @@ from slim.passes import PASSES, resolve
 from slim.passes.distill import Distill
 from slim.passes.finetune import Finetune
 from slim.passes.low_rank import LowRank
+from slim.passes.mask import Mask
 from slim.passes.merge import Merge
+from slim.passes.prune import Prune
+from slim.passes.sparsify import Sparsify
 from slim.pipeline import Pipeline
 from tests.contract.zoo import BLIND, CLASSES, SIZE, WIDE, ZOO, artifact
 
@@ -32,7 +35,11 @@ def small(name: str, network: str) -> Pass:
         "distill": Distill(epochs=1, lr=1e-3, precision="fp32"),
         "low-rank": LowRank(ratio=0.5, align=2, min_width=WIDE),
         "low-rank of some": LowRank(ratio=0.5, align=2, min_width=WIDE, skip=(ZOO[network][2],), **BLIND),
+        "mask": Mask(epochs=1, lr=1e-3, flip=0.0, precision="fp32"),
         "merge": Merge(),
+        "prune": Prune(ratio=0.5, align=2, floor=2),
+        "prune of targets": Prune(to="sparsified"),
+        "sparsify": Sparsify(to="0.7x-macs", align=2, floor=2, epochs=1, lr=1e-3, flip=0.0, precision="fp32"),
     }
     return known[name]
 
@@ -42,6 +49,8 @@ CHAINS = [
     ("low-rank of some", "low-rank"),
     ("low-rank", "distill"),
     ("merge", "low-rank"),
+    ("prune", "mask", "finetune"),
+    ("sparsify", "prune of targets", "low-rank"),
 ]
 MERGED = ("resnet", "mobilenet", "convnext")
 """Networks with batch norms or layer scales behind their layers; in the others there is nothing to merge."""
@@ -87,7 +96,8 @@ def test_a_chain_loads_again_bit_exact(
     assert outputs[-1] == after.digest
     factored = any(step.name == "low-rank" for step in steps)
     assert store.traits(loaded) == (frozenset({"float"}) if factored else frozenset({"dense", "float"}))
-    assert (costs.count(after.model(), SIZE)["macs"] < macs) == factored
+    smaller = factored or any(step.name == "prune" for step in steps)
+    assert (costs.count(after.model(), SIZE)["macs"] < macs) == smaller
     assert logits(after, images).shape == (4, CLASSES)
     assert not torch.equal(logits(after, images), logits(start, images))
     assert state_digest(start.state) == state_digest(artifact(network).state)
