@@ -1,16 +1,20 @@
 # Two commands: `make demo` and `make test`. Both set up .venv first, once; neither needs more than Python 3.11 and PyPI.
+# `make test-zoo` prunes real timm families as well, at random weights; it takes minutes.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test lint types clean
+.PHONY: demo test test-zoo lint types clean
 
 demo: $(READY)
 	$(BIN)/slim demo
 
 test: lint types
 	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
+
+test-zoo: $(READY)
+	$(BIN)/python -m pytest -m zoo tests/zoo
 
 lint: $(READY)
 	$(BIN)/ruff check

@@ -44,7 +44,7 @@ def sparsify_and_prune(
     pruner: Any = tp.pruner.GroupNormPruner(
         model.requires_grad_(True),
         images,
-        importance=tp.importance.GroupNormImportance(),
+        importance=tp.importance.GroupMagnitudeImportance(p=2),
         reg=REGULARISATION,
         global_pruning=True,
         pruning_ratio=1.0,

@@ -10,7 +10,7 @@ vanish, and is kept as published for comparison. Cuts nothing: `prune --to spars
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal, Self
 
 import torch
@@ -36,6 +36,9 @@ LEAST = 1e-4
 """What `grow` leaves of an untrained channel by then."""
 VANISHED = 1e-3
 """A slice whose norm is below this share of the mean norm of those that stay has vanished."""
+NO_ATTENTION = (
+    "sparsify: attention has a weight, but no attention of the network shows its probabilities; leave it at 0"
+)
 
 
 class Sparsify(Choosing, Training, Augment, Pass):
@@ -91,8 +94,10 @@ class Sparsify(Choosing, Training, Augment, Pass):
 
     def fit(self, model: nn.Module, teacher: nn.Module, context: Context) -> dict[str, JsonValue]:
         """Train all values in place; what is to be cut vanishes on the way."""
+        assert context.data is not None  # Pipeline.check saw to it
         targets = targets_of(model, context.plan, self.penalty)
-        objective = _Sparsifying(model, targets, self)
+        steps = context.data.steps(context.loading.batch_size) * self.epochs
+        objective = Sparsifying(model, targets, self, steps, context.device)
         try:
             figures = context.train(model, objective, self, self)
         finally:
@@ -105,6 +110,13 @@ class Sparsify(Choosing, Training, Augment, Pass):
         ]
         gone = sum(ratio < VANISHED for ratio in ratios)
         context.log.info("sparsify: %d of %d slices have vanished", gone, len(ratios))
+        if gone < len(ratios):
+            context.log.warning(
+                "sparsify: %d of %d slices are left, the largest at %.2g of what stays; raise --strength or --epochs",
+                len(ratios) - gone,
+                len(ratios),
+                max(ratios),
+            )
         return {
             **figures,
             "targets": len(ratios),
@@ -122,8 +134,11 @@ def targets_of(model: nn.Module, plan: Plan, penalty: Penalty) -> Slices:
     keep: Any = plan["keep"]
     groups: Any = plan["groups"]
     parameters = dict(model.named_parameters())
-    norm_types = nn.BatchNorm1d | nn.BatchNorm2d
-    norms_of = {name for name, module in model.named_modules() if isinstance(module, norm_types)}
+    norms_of = {
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d) and f"{name}.weight" in parameters
+    }
     if penalty == "bn-l1":
         for name, group in groups.items():
             if not norms_of & {*group["layers"]["makes"]}:
@@ -140,17 +155,29 @@ def targets_of(model: nn.Module, plan: Plan, penalty: Penalty) -> Slices:
     return found
 
 
+def lengths(value: Tensor, dim: int) -> Tensor:
+    """(n,): norm of each of the n slices of a dimension."""
+    found: Tensor = value.movedim(dim, 0).reshape(value.shape[dim], -1).norm(dim=1)
+    return found
+
+
 def norms(value: Tensor, dim: int, places: list[int]) -> list[float]:
-    """Norms of the slices at `places` of a dimension, over the mean norm of the others."""
-    each = (
-        value.detach().double().movedim(dim, 0).flatten(1).norm(dim=1)
-        if value.ndim > 1
-        else value.detach().double().abs()
-    )
+    """Norms of the slices at `places` of a dimension, over the mean norm of the others; as they are where that is 0."""
+    each = lengths(value.detach().double(), dim)
     stays = torch.ones(len(each), dtype=torch.bool, device=each.device)
     stays[places] = False
-    found: list[float] = (each[places] / each[stays].mean().clamp(min=torch.finfo(torch.double).tiny)).tolist()
+    mean = float(each[stays].mean())
+    found: list[float] = (each[places] / (mean or 1.0)).tolist()
     return found
+
+
+def grown(share: float) -> float:
+    """Integral, up to a share of the steps, of a rate that grows in proportion to the time until DONE, then stays.
+
+    It is log(1 / LEAST) at DONE.
+    """
+    growing = min(share, DONE)
+    return -math.log(LEAST) * ((growing / DONE) ** 2 + 2 * (share - growing) / DONE)
 
 
 def shrink(value: Tensor, dim: int, places: Tensor, factor: float) -> None:
@@ -158,31 +185,51 @@ def shrink(value: Tensor, dim: int, places: Tensor, factor: float) -> None:
     value.index_copy_(dim, places, value.index_select(dim, places) * factor)
 
 
-def soften(value: Tensor, dim: int, places: Tensor, threshold: float) -> None:
+def soften(value: Tensor, dim: int, places: Tensor, threshold: float | Tensor) -> None:
     """The proximal step of a group lasso: each slice's norm falls by `threshold`, to zero at least, in place."""
-    slices = value.index_select(dim, places).movedim(dim, 0)
-    norm = slices.flatten(1).norm(dim=1) if slices.ndim > 1 else slices.abs()
+    slices = value.index_select(dim, places)
+    norm = lengths(slices, dim)
     factor = (1 - threshold / norm.clamp(min=torch.finfo(norm.dtype).tiny)).clamp(min=0)
-    slices = slices * factor.view(-1, *[1] * (slices.ndim - 1))
-    value.index_copy_(dim, places, slices.movedim(0, dim))
+    shape = [1] * value.ndim
+    shape[dim] = -1
+    value.index_copy_(dim, places, slices * factor.view(shape))
 
 
-class _Sparsifying:
-    """The loss, and what happens to the targets after every step."""
+def attention_term(probabilities: Sequence[Tensor]) -> Tensor:
+    """Sparse-ViT's term: mean of log(1 + A^2) over images, heads, rows and columns, averaged over blocks.
 
-    def __init__(self, model: nn.Module, targets: Mapping[str, Mapping[int, list[int]]], settings: Sparsify) -> None:
-        self.settings, self.done = settings, 0.0
+    probabilities: (B, H, N, N) of each block. The published code keeps that of the last block alone.
+    """
+    return torch.stack([one.float().square().log1p().mean() for one in probabilities]).mean()
+
+
+class Sparsifying:
+    """The loss, and what happens to the targets after every step.
+
+    What is due depends on the share done and on the values alone, so a run taken up from a checkpoint goes on as it
+    was.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        targets: Mapping[str, Mapping[int, list[int]]],
+        settings: Sparsify,
+        steps: int,
+        device: torch.device,
+    ) -> None:
+        self.settings, self.step = settings, 1 / steps
         self.undecayed = frozenset(targets)
         """Parameters without weight decay; read by the training loop."""
         self.slices = [
-            (model.get_parameter(key), dim, torch.tensor(some))
+            (model.get_parameter(key), dim, torch.tensor(some, device=device))
             for key, dims in targets.items()
             for dim, some in dims.items()
         ]
-        self.largest = [self._largest(*one) for one in self.slices]
         self.attention = _Attention(model) if settings.attention else None
 
     def __call__(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
+        """The loss on labels and, where it has a weight, the attention term."""
         losses = label_loss(model, batch)
         if self.attention is not None:
             losses["attention"] = self.settings.attention * self.attention.term()
@@ -190,48 +237,43 @@ class _Sparsifying:
 
     @torch.no_grad()
     def after_step(self, share_done: float) -> None:
-        """Shrink the targets by what is due since the last step."""
-        step, self.done = share_done - self.done, share_done
-        for (value, dim, places), largest in zip(self.slices, self.largest, strict=True):
-            places = places.to(value.device)
+        """Shrink the targets by what is due for one step."""
+        before, strength = share_done - self.step, self.settings.strength
+        factor = math.exp(-strength * (grown(share_done) - grown(before)))
+        # Of the largest slice, so that it is zero at DONE, and from then on. Measured anew, for it may have grown.
+        part = strength * self.step / max(DONE - before, self.step)
+        for value, dim, places in self.slices:
             if self.settings.penalty == "grow":
-                # The rate grows in proportion to the time: its integral up to DONE is log(1 / LEAST).
-                rate = 2 * min(share_done, DONE) / DONE**2 * -math.log(LEAST)
-                shrink(value, dim, places, math.exp(-self.settings.strength * rate * step))
+                shrink(value, dim, places, factor)
             else:
-                soften(value, dim, places, self.settings.strength * largest / DONE * step)
+                soften(value, dim, places, part * lengths(value.index_select(dim, places), dim).max())
 
     def close(self) -> None:
         """Leave the network without hooks."""
         if self.attention is not None:
             self.attention.close()
 
-    @staticmethod
-    @torch.no_grad()
-    def _largest(value: Tensor, dim: int, places: Tensor) -> float:
-        slices = value.index_select(dim, places).movedim(dim, 0).reshape(len(places), -1)
-        return float(slices.norm(dim=1).max())
-
 
 class _Attention:
     """The attention probabilities of every block, seen where they enter their dropout."""
 
     def __init__(self, model: nn.Module) -> None:
-        self.modules: list[Any] = [module for module in model.modules() if is_attention(module)]
-        if not self.modules:
-            raise PassError(
-                "sparsify: attention has a weight, but the network has no attention that it knows; leave it out"
-            )
-        self.fused = [one.fused_attn for one in self.modules]
+        modules: list[Any] = [one for one in model.modules() if is_attention(one)]
+        modules = [one for one in modules if isinstance(getattr(one, "attn_drop", None), nn.Module)]
+        if not modules:
+            raise PassError(NO_ATTENTION)
         self.seen: list[Tensor] = []
-        self.hooks = []
-        for one in self.modules:
-            one.fused_attn = False  # the fused kernel never shows its probabilities
-            self.hooks.append(one.attn_drop.register_forward_pre_hook(lambda _m, inputs: self.seen.append(inputs[0])))
+        # The fused kernel never shows its probabilities; some attention has no such kernel.
+        self.fused: list[tuple[Any, bool]] = [(one, one.fused_attn) for one in modules if hasattr(one, "fused_attn")]
+        for one, _ in self.fused:
+            one.fused_attn = False
+        self.hooks = [one.attn_drop.register_forward_pre_hook(self._see) for one in modules]
 
     def term(self) -> Tensor:
-        """Mean of log(1 + A^2) over heads, rows and columns, averaged over blocks, of the last forward pass."""
-        found = torch.stack([seen.float().square().log1p().mean() for seen in self.seen]).mean()
+        """Of the last forward pass."""
+        if not self.seen:
+            raise PassError(NO_ATTENTION)
+        found = attention_term(self.seen)
         self.seen.clear()
         return found
 
@@ -239,5 +281,8 @@ class _Attention:
         """As it was."""
         for hook in self.hooks:
             hook.remove()
-        for one, fused in zip(self.modules, self.fused, strict=True):
+        for one, fused in self.fused:
             one.fused_attn = fused
+
+    def _see(self, _: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        self.seen.append(inputs[0])

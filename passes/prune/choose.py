@@ -16,7 +16,7 @@ from slim.errors import PassError
 from slim.goal import Goal, parse_goal
 from slim.passes import calibration
 from slim.passes.prune import densities, widths
-from slim.passes.prune.criteria import Criterion, Ranked, ranked
+from slim.passes.prune.criteria import Criterion, Ranked, ranked, share_lost
 from slim.passes.prune.cut import cut, trusted
 from slim.passes.prune.groups import Group, attributes, groups_of, positions
 from slim.passes.prune.prices import prices
@@ -26,7 +26,9 @@ from slim.passes.reach import Words, cost_of, meter_of, reach
 BLIND: frozenset[Criterion] = frozenset({"group-l2", "random"})
 """Criteria that look at no image."""
 ONLY_INNER = "its channels leave the block; scope all cuts them too"
-ALL_STAY = "the budget is met with less loss elsewhere"
+ALONE = "it has one unit alone"
+SPARED = "the budget is met with less loss elsewhere"
+ROUNDED = "its width closest to the ratio is all it has"
 
 
 class Choosing(BaseModel):
@@ -62,7 +64,7 @@ class Chooser:
         groups, self.left = self._groups()
         with surgery.on_device(context.device, model):
             looks = given.criterion not in BLIND
-            count = calibration.count(context, name, "criterion group-l2 and repair none") if looks else 0
+            count = calibration.count(context, name, "criterion group-l2") if looks else 0
             self.ranked, unranked = ranked(
                 model,
                 groups,
@@ -80,10 +82,13 @@ class Chooser:
                 self.left[one.group.name] = f"no narrower multiple of {given.align} from {given.floor} up"
         both = [(one, some) for one, some in zip(self.ranked, self.options, strict=True) if len(some) > 1]
         self.ranked, self.options = [one for one, _ in both], [some for _, some in both]
+        if not both:
+            reasons = "; ".join(sorted(set(self.left.values()))) or "no layer makes channels that another reads"
+            raise PassError(f"{name}: no channels can go ({reasons}); skip less, lower floor, or try scope all")
 
     def at_ratio(self, ratio: float) -> Plan:
         """The plan in which every group keeps this share."""
-        return self.plan(widths.local(self.ranked, self.options)(ratio))
+        return self.plan(widths.local(self.ranked, self.options)(ratio), ROUNDED)
 
     def reach(self, to: str) -> Plan:
         """The plan under a budget. Raises PassError where it cannot be reached."""
@@ -95,7 +100,7 @@ class Chooser:
             self.ranked,
             self.options,
             prices(goal, self.model, groups, fewest, self.size, meter),
-            self._by_share(goal) if self.ranked else None,
+            self._by_share(goal),
         )
 
         def build(units: Units) -> nn.Module:
@@ -107,14 +112,14 @@ class Chooser:
         units, figures = reach(goal, found, self.model, build, self.context, words)
         return {**self.plan(units), "budget": {"ranking": self.given.ranking or "global", **figures}}
 
-    def plan(self, units: Units) -> Plan:
-        """What is cut when each group keeps so many of its best units."""
+    def plan(self, units: Units, whole: str = SPARED) -> Plan:
+        """What is cut when each group keeps so many of its best units; `whole` says why some keep all."""
         kept = [
             (one, sorted(one.scores.argsort(descending=True, stable=True)[:count].tolist()))
             for one, count in zip(self.ranked, units, strict=True)
         ]
         smaller = [(one, some) for one, some in kept if len(some) < one.group.units]
-        left = {**self.left, **{one.group.name: ALL_STAY for one, some in kept if len(some) == one.group.units}}
+        left = {**self.left, **{one.group.name: whole for one, some in kept if len(some) == one.group.units}}
         chosen = [(one.group, some) for one, some in smaller]
         stays = positions(self.model.state_dict(), chosen)
         return {
@@ -128,10 +133,11 @@ class Chooser:
         """Groups that may be cut, and why the others may not."""
         given = self.given
         found, left = groups_of(self.model, self.size, heads=given.heads)
+        layers = [name for name, module in self.model.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)]
+        names = [*layers, *(name for group in found for name in (group.name, *group.makers))]
         for pattern in given.skip:
-            names = [name for group in found for name in (group.name, *group.makers)]
-            if not any(fnmatch(name, pattern) for name in names):
-                raise PassError(f"{self.name}: skip {pattern!r} matches no layer; names are such as {names[:1]}")
+            if names and not any(fnmatch(name, pattern) for name in names):
+                raise PassError(f"{self.name}: skip {pattern!r} matches no layer; names are such as {names[0]!r}")
         allowed = []
         for group in found:
             if given.scope == "internal" and not group.inner:
@@ -140,8 +146,9 @@ class Chooser:
                 left[group.name] = "in skip"
             else:
                 allowed.append(group)
+        alone = {group.name: ALONE for group in allowed if group.units == 1}
         kept, refused = trusted(self.model, allowed, self.size)
-        return kept, left | refused
+        return kept, left | alone | refused
 
     def _by_share(self, goal: Goal) -> widths.Share | None:
         rule = self.given.ranking or "global"
@@ -171,7 +178,7 @@ def apply(model: nn.Module, plan: Plan) -> None:
 
 
 def entry(one: Ranked, kept: Sequence[int]) -> dict[str, JsonValue]:
-    """What a plan says of one group, for people."""
+    """What a plan says of one group that keeps its best units, for people."""
     group = one.group
     return {
         "kind": group.kind,
@@ -180,7 +187,7 @@ def entry(one: Ranked, kept: Sequence[int]) -> dict[str, JsonValue]:
         "unit": group.unit,
         "units": ranges(kept),
         "layers": {"makes": [*group.makers], "reads": [*group.readers]},
-        "lost": round(1 - float(one.scores[list(kept)].sum() / one.scores.sum().clamp(min=1e-300)), 6),
+        "lost": round(float(share_lost(one.scores)[len(kept)]), 6),
         "internal": group.inner,
     }
 

@@ -2,13 +2,15 @@
 
 A group is all places where one set of channels is made, normalised and read (Fang et al. 2023, arXiv:2301.12900). The
 graph is traced through autograd and mistakes axes in some token mixers, so no group is taken on trust: its channels are
-set to zero in one copy of the network and cut out of another, and both must compute the same (see trial.py).
+set to zero in one copy of the network and cut out of another, and both must compute the same (see cut.py).
 """
 
 from __future__ import annotations
 
 import copy
+import math
 import warnings
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, cast
@@ -24,7 +26,11 @@ Attributes = dict[str, dict[str, float]]
 
 GRAPH = "the dependency graph finds no consistent channels there"
 SHARED = "its weights belong to another group"
-MIXED = "a norm of several groups spans them"
+TIED = "several layers share a weight there"
+UNCALLED = "the network does not call it"
+MERGING = {"PatchMerging": 4}
+"""Module -> neighbours that its layers read side by side, which the graph does not see: channel c of the n-th lies at
+n * channels + c. Liu et al. 2021, arXiv:2103.14030."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,8 +63,8 @@ class Group:
     """Channels of one unit: more than one in attention heads and where a convolution has groups."""
     members: tuple[Member, ...]
     inner: bool
-    """Whether they stay within a block, so that cutting out what is zero changes nothing; false for the residual stream
-    and where a norm takes its statistics over them."""
+    """Whether they stay within a block, and cutting out what is zero changes nothing; false for the residual stream and
+    where a norm takes its statistics over them."""
     per_unit: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
     """Module -> attribute -> its share for one unit: `{"blocks.0.attn": {"num_heads": 1}}`."""
     scale: float | None = None
@@ -111,8 +117,8 @@ def groups_of(
         else:
             left[f"{name}.qkv"] = group
     order = {name: position for position, (name, _) in enumerate(model.named_modules())}
-    found = _coupled(traced, found, left)
-    return sorted(found, key=lambda group: order[group.name.partition(":")[0]]), left
+    found = sorted(found, key=lambda group: order[group.name.partition(":")[0]])
+    return _alone(traced, _coupled(traced, found, left), left), left
 
 
 def positions(state: Mapping[str, Tensor], kept: Sequence[tuple[Group, Sequence[int]]]) -> surgery.Positions:
@@ -145,10 +151,12 @@ def is_attention(module: nn.Module) -> bool:
 
 def _attention(name: str, module: Any, heads: str) -> Group | str:
     """The group of one attention, or why it has none."""
-    rows, count = module.qkv.out_features, module.num_heads
-    width = rows // 3 // count
+    rows, count = module.qkv.out_features, getattr(module, "num_heads", 0)
     if heads == "none":
         return "heads is none"
+    if not count or not isinstance(getattr(module, "scale", None), float):
+        return "it does not say its heads or their scale"
+    width = rows // 3 // count
     if getattr(module, "gate", None) is not None or not isinstance(getattr(module, "norm", nn.Identity()), nn.Identity):
         return "its output is gated or normalised over the heads"
     if rows != 3 * count * width or module.proj.in_features != count * width:
@@ -179,7 +187,7 @@ def _attention(name: str, module: Any, heads: str) -> Group | str:
         members=tuple(members),
         inner=True,
         per_unit={name: shares},
-        scale=None if whole else float(module.scale),
+        scale=None if whole else module.scale,
     )
 
 
@@ -193,12 +201,14 @@ def _from_graph(
     values = {id(value): name for name, value in model.named_parameters()}
     heads = surgery.classifiers(model)
     within = {f"{name}.qkv" for name in attention}
+    merging = {name: MERGING.get(type(module).__name__, 1) for name, module in model.named_modules()}
     images = torch.randn(2, *size, generator=torch.Generator().manual_seed(0))
     layers = [name for name, module in model.named_modules() if isinstance(module, nn.Conv2d | nn.Linear)]
     with torch.enable_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # it warns of parameters outside of layers, which it finds well
         try:
-            graph = DependencyGraph().build_dependency(model, images, verbose=False)
+            # Given a function, for else it takes the batch for a list of arguments.
+            graph = DependencyGraph().build_dependency(model, images, lambda net, x: net(x), verbose=False)
         except Exception as error:  # whatever tracing an unknown network can raise
             reason = f"torch-pruning cannot trace the network ({' '.join(str(error).split())[:100]})"
             return [], dict.fromkeys(layers, reason)
@@ -207,47 +217,53 @@ def _from_graph(
         made: set[str] = set()
         for name in layers:
             module = model.get_submodule(name)
-            if name in made or name in within or module not in graph.module2node:
+            if name in made or name in within:
+                continue
+            if module not in graph.module2node:
+                left[name] = UNCALLED
                 continue
             try:
                 cut = graph.get_pruner_of_module(module).prune_out_channels
                 items = list(graph.get_pruning_group(module, cut, list(range(len(cast(Tensor, module.weight))))))
-                members = [*_members(graph, items, names, values)]
+                members = [*_members(graph, items, names, values, merging)]
             except Exception:  # index errors and others where it takes one axis for another
                 left[name] = GRAPH
                 continue
             makers = {one.layer for one in members if not one.reads}
             made |= makers
-            if makers & heads:
+            proj = {f"{part}.proj" for part in attention}
+            if makers & (heads | within) or any(one.reads and one.layer in proj for one in members):
                 left.update(dict.fromkeys(sorted(makers & set(layers)), "classifier" if name in heads else GRAPH))
-            elif makers & within or any(
-                one.layer == f"{part}.proj" and one.reads for one in members for part in attention
-            ):
-                left[name] = GRAPH
             else:
                 found.append(_group(model, name, members, residual=any(_adds(dep.target) for dep, _ in items)))
     return found, left
 
 
-def _members(graph: Any, items: Sequence[Any], names: Mapping[Any, str], values: Mapping[int, str]) -> Iterator[Member]:
+def _members(
+    graph: Any,
+    items: Sequence[Any],
+    names: Mapping[Any, str],
+    values: Mapping[int, str],
+    merging: Mapping[str, int],
+) -> Iterator[Member]:
     """The tensors that a group of the graph touches. Raises ValueError where channels have no place of their own."""
     for item in items:
         module, units = item.dep.target.module, len(items[0].idxs)
         if isinstance(module, nn.Parameter):
-            keys = [(values[id(module)], item.dep.target.pruning_dim, False)]
-        elif module not in names:
-            continue  # an operation, not a module
-        else:
+            yield Member(values[id(module)], item.dep.target.pruning_dim, _index(item.idxs, item.root_idxs, units))
+        # Others are operations, or have one slope for all channels.
+        elif module in names and not (isinstance(module, nn.PReLU) and module.num_parameters == 1):
+            index = _index(item.idxs, item.root_idxs, units)
             reads = isinstance(module, nn.Conv2d | nn.Linear) and (
                 graph.is_in_channel_pruning_fn(item.dep.handler)
                 and not graph.is_out_channel_pruning_fn(item.dep.handler)
             )
             state = dict(module.named_parameters(recurse=False)) | dict(module.named_buffers(recurse=False))
-            names_of = ("weight",) if reads else tuple(key for key, value in state.items() if value.ndim > 0)
-            keys = [(f"{names[module]}.{key}", 1 if reads else 0, reads) for key in names_of]
-        index = _index(item.idxs, item.root_idxs, units)
-        for key, dim, reads in keys:
-            yield Member(key, dim, index, reads)
+            dim, around = int(reads), merging[names[module].rpartition(".")[0]]
+            for key in ("weight",) if reads else tuple(key for key, value in state.items() if value.ndim > 0):
+                beside = around > 1 and state[key].shape[dim] == around * units
+                places = torch.arange(around * units).view(around, units).T if beside else index
+                yield Member(f"{names[module]}.{key}", dim, places, reads)
 
 
 def _index(places: Sequence[int], channels: Sequence[int], units: int) -> Tensor:
@@ -267,65 +283,89 @@ def _adds(node: Any) -> bool:
     return "AddBackward" in operation and len(paths) > 1
 
 
+def _parts(module: nn.Module) -> tuple[str, int]:
+    """What the module calls the parts that its channels are taken in, and how many; one where it takes all at once."""
+    if isinstance(module, nn.Conv2d):
+        return "groups", module.groups
+    return "num_groups", module.num_groups if isinstance(module, nn.GroupNorm) else 1
+
+
+def spans(module: nn.Module) -> bool:
+    """Whether it is a norm whose statistics are taken over all channels."""
+    return isinstance(module, nn.LayerNorm | nn.GroupNorm) and _parts(module)[1] == 1
+
+
 def _group(model: nn.Module, name: str, members: Sequence[Member], *, residual: bool) -> Group:
-    per_unit: dict[str, dict[str, int]] = {}
-    spanned = False
-    for member in members:
-        module = model.get_submodule(member.layer)
-        spanned |= isinstance(module, nn.LayerNorm | nn.GroupNorm)
-        if isinstance(module, nn.Conv2d) and module.groups > 1 and not member.reads:
-            per_unit[member.layer] = {"groups": 1}  # as many as channels, or `_coupled` makes units of them
-    units = len(members[0].index)
+    units, modules = len(members[0].index), {one.layer: model.get_submodule(one.layer) for one in members}
+    spanned = any(spans(module) for module in modules.values())
+    # One channel in each part; where there are more, `_coupled` makes units of them.
+    parts = {one.layer: _parts(modules[one.layer]) for one in members if not one.reads}
+    per_unit = {layer: {called: 1} for layer, (called, count) in parts.items() if 1 < count == units}
     return Group(name, "channels", units, 1, tuple(members), not (residual or spanned), per_unit)
 
 
 def _coupled(model: nn.Module, groups: Sequence[Group], left: dict[str, str]) -> list[Group]:
-    """The groups, those on both sides of a convolution with groups as one, whose unit is a group of the convolution.
+    """The groups, those on both sides of a convolution with groups as one, whose unit is whole groups of it.
 
-    Adds to `left` what shares tensors with a group before it.
+    The same for a norm of groups, whose statistics are then those of a unit.
     """
     found = list(groups)
     for name, module in model.named_modules():
-        if not isinstance(module, nn.Conv2d) or module.groups == 1:
-            continue
+        called, count = _parts(module)
         sides = [one for one in found if any(member.layer == name for member in one.members)]
-        if not sides or all(one.units == module.groups and len(sides) == 1 for one in sides):
-            continue  # depthwise
-        merged = _joined(sides, name, module.groups)
+        if count == 1 or not sides or (len(sides) == 1 and name in sides[0].per_unit):
+            continue
+        merged = _joined(sides, name, called, count, len(cast(Tensor, module.weight)))
+        at = found.index(sides[0])
         found = [one for one in found if one not in sides]
         if merged is None:
             left.update({one.name: GRAPH for one in sides})
         else:
-            found.append(merged)
-    owned: dict[tuple[str, int], set[int]] = {}
-    alone = []
-    for group in found:
-        places = [((one.key, one.dim), set(one.index.flatten().tolist())) for one in group.members]
-        if any(owned.get(where, set()) & taken for where, taken in places):
-            left[group.name] = SHARED
-            continue
-        for where, taken in places:
-            owned.setdefault(where, set()).update(taken)
-        alone.append(group)
-    return alone
+            found.insert(at, merged)
+    return found
 
 
-def _joined(sides: Sequence[Group], conv: str, units: int) -> Group | None:
-    """One group of those before and behind a convolution with so many groups; none where they do not fit."""
-    if any(one.units % units for one in sides):
+def _joined(sides: Sequence[Group], layer: str, called: str, count: int, width: int) -> Group | None:
+    """One group of those that make and read the channels of a layer with so many parts.
+
+    None where they do not make all its channels.
+    """
+    made = [one.index for side in sides for one in side.members if one.key == f"{layer}.weight" and not one.reads]
+    if sum(index.numel() for index in made) != width:
         return None
+    units = math.gcd(count, *(one.units for one in sides))
     members = [
         replace(member, index=member.index.reshape(units, -1))
         for one in sides
         for member in one.members
-        # Each of its groups reads its own channels: what it reads need not be cut out of its weight.
-        if not (member.layer == conv and member.reads)
+        # Each part reads its own channels: what it reads need not be cut out of its weight.
+        if not (member.layer == layer and member.reads)
     ]
     per_unit: dict[str, dict[str, int]] = {}
     for one in sides:
         for module, shares in one.per_unit.items():
             per_unit[module] = {key: each * one.units // units for key, each in shares.items()}
-    per_unit[conv] = {"groups": 1}
+    per_unit[layer] = {called: count // units}
     first = sides[0]
     unit = first.width // units
     return Group(first.name, "channels", units, unit, tuple(members), all(one.inner for one in sides), per_unit)
+
+
+def _alone(model: nn.Module, groups: Sequence[Group], left: dict[str, str]) -> list[Group]:
+    """The groups whose tensors no layer and no group before them shares; the others go to `left`."""
+    layers = {name: dict(module.named_parameters(recurse=False)) for name, module in model.named_modules()}
+    uses = Counter(id(value) for values in layers.values() for value in values.values())
+    tied = {f"{name}.{key}" for name, values in layers.items() for key, value in values.items() if uses[id(value)] > 1}
+    owned: dict[tuple[str, int], set[int]] = {}
+    alone = []
+    for group in groups:
+        places = [((one.key, one.dim), set(one.index.flatten().tolist())) for one in group.members]
+        if any(one.key in tied for one in group.members):
+            left[group.name] = TIED
+        elif any(owned.get(where, set()) & taken for where, taken in places):
+            left[group.name] = SHARED
+        else:
+            alone.append(group)
+            for where, taken in places:
+                owned.setdefault(where, set()).update(taken)
+    return alone

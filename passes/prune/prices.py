@@ -10,6 +10,7 @@ import copy
 import itertools
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -24,6 +25,8 @@ from slim.goal import Goal
 from slim.passes.prune.groups import Group
 
 Layer = nn.Linear | nn.Conv2d
+Calls = Sequence[tuple[tuple[int, ...], tuple[int, ...]]]
+"""Shapes of the input and the output of every call of a layer for one image."""
 
 GRID = (1.0, 0.75, 0.5, 0.25, 0.0)
 """Shares of the way from all to the fewest units at which a layer is timed, for its inputs and for its outputs."""
@@ -130,15 +133,15 @@ def prices(
         for name, module in model.named_modules()
         if isinstance(module, Layer) and f"{name}.weight" in sides
     }
-    seen = _shapes(model, [*layers], size)
+    calls = _calls(model, [*layers], size)
     if goal.timed:
         assert meter is not None  # the caller's: a goal in milliseconds needs a target
-        return _timed(model, layers, seen, fewest, [group.units for group in groups], meter)
-    parts = [Product(found, _positions(model, name, seen)) for name, found in layers.items()]
+        return _timed(model, layers, calls, fewest, [group.units for group in groups], meter)
+    parts = [Product(found, _positions(model, name, calls[name])) for name, found in layers.items()]
     for number, group in enumerate(groups):
         if group.kind in ("heads", "dims"):  # queries times keys, and what comes of it times values
-            windows, tokens, _ = seen[group.makers[0]][1]
-            parts.append(Product((Side(group.width, {number: group.unit}),), 2.0 * windows * tokens * tokens))
+            each = sum(2 * windows * tokens**2 for _, (windows, tokens, _) in calls[group.makers[0]])
+            parts.append(Product((Side(group.width, {number: group.unit}),), each))
     return _with_rest(parts, costs.count_macs(model, size), groups)
 
 
@@ -162,56 +165,49 @@ def _sides(model: nn.Module, groups: Sequence[Group]) -> dict[str, tuple[Side, .
     }
 
 
-def _shapes(
-    model: nn.Module, names: Sequence[str], size: tuple[int, int, int]
-) -> dict[str, tuple[tuple[int, ...], tuple[int, ...]]]:
-    """Shapes of the input and the output of layers, for one image."""
-    seen: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {}
+def _calls(model: nn.Module, names: Sequence[str], size: tuple[int, int, int]) -> dict[str, Calls]:
+    """Every call of the layers; none of one whose weight is read by another."""
+    seen: dict[str, list[tuple[tuple[int, ...], tuple[int, ...]]]] = {name: [] for name in names}
 
     def look(name: str, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        seen[name] = tuple(inputs[0].shape), tuple(output.shape)
+        seen[name].append((tuple(inputs[0].shape), tuple(output.shape)))
 
-    hooks = [
-        model.get_submodule(name).register_forward_hook(lambda _m, i, o, name=name: look(name, i, o)) for name in names
-    ]
-    try:
-        with surgery.in_eval(model):
-            model(torch.zeros(1, *size))
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return seen
+    with ExitStack() as hooks, surgery.in_eval(model):
+        for name in names:
+            layer = model.get_submodule(name)
+            hooks.enter_context(layer.register_forward_hook(lambda _m, i, o, name=name: look(name, i, o)))
+        model(torch.zeros(1, *size))
+    return {name: tuple(calls) for name, calls in seen.items()}
 
 
-def _positions(model: nn.Module, name: str, seen: Mapping[str, tuple[tuple[int, ...], tuple[int, ...]]]) -> float:
+def _positions(model: nn.Module, name: str, calls: Calls) -> float:
     """How often the layer's weight is multiplied for one image."""
     layer: Any = model.get_submodule(name)
-    return math.prod(seen[name][1]) / len(layer.weight) if name in seen else 0.0
+    return float(sum(math.prod(output) for _, output in calls) / len(layer.weight))
 
 
 def _timed(
     model: nn.Module,
     layers: Mapping[str, tuple[Side, ...]],
-    seen: Mapping[str, tuple[tuple[int, ...], tuple[int, ...]]],
+    calls: Mapping[str, Calls],
     fewest: Sequence[int],
     units: Sequence[int],
     meter: Meter,
 ) -> Prices:
     entries: list[tuple[nn.Module, tuple[int, ...]]] = []
-    grids: dict[str, tuple[tuple[int, ...], ...]] = {}
+    grids: list[tuple[tuple[Side, ...], tuple[tuple[int, ...], ...]]] = []
     for name, sides in layers.items():
-        if name not in seen:
-            continue  # its weight is read, not called
         layer: Any = model.get_submodule(name)
-        grids[name] = tuple(_grid(side, fewest, units) for side in sides[:2])
-        for made, read in itertools.product(*grids[name]):
-            entries.append(_resized(layer, made, read, seen[name][0]))
+        widths = tuple(_grid(side, fewest, units) for side in sides[:2])
+        for shape, _ in calls[name]:
+            grids.append((sides[:2], widths))
+            entries += [_resized(layer, made, read, shape) for made, read in itertools.product(*widths)]
     timings = iter(meter.table(entries))
     parts = []
-    for name, widths in grids.items():
-        shape = [len(one) for one in widths]
-        values = np.array([next(timings).value for _ in range(math.prod(shape))]).reshape(shape)
-        parts.append(Timed(layers[name][:2], widths, values))
+    for sides, widths in grids:
+        lengths = [len(one) for one in widths]
+        values = np.array([next(timings).value for _ in range(math.prod(lengths))]).reshape(lengths)
+        parts.append(Timed(sides, widths, values))
     return Prices(tuple(parts), 0.0)
 
 

@@ -9,7 +9,8 @@ the cut painless, and `distill` behind it learns the rest. Does not make a netwo
 from __future__ import annotations
 
 import copy
-from typing import Any, ClassVar, Literal, Self
+from collections.abc import Iterable, Sequence
+from typing import Any, ClassVar, Literal, Self, cast
 
 import torch
 from pydantic import Field, JsonValue, field_validator, model_validator
@@ -25,6 +26,7 @@ from slim.passes.prune.choose import BLIND, Chooser, Choosing, apply, numbers
 from slim.passes.prune.fold import fold_means
 
 SPARSIFIED = "sparsified"
+BLINDLY = "criterion group-l2 and repair none"
 
 
 class Prune(Choosing, Pass):
@@ -57,6 +59,9 @@ class Prune(Choosing, Pass):
             raise ValueError(f"{said}; give one: to, as 0.6x-latency, or ratio, the share every group keeps")
         if self.ratio is not None and self.ranking not in (None, "local"):
             raise ValueError(f"ratio keeps one share everywhere, and ranking={self.ranking} shares a budget; give --to")
+        unused = [name for name, known in Choosing.model_fields.items() if getattr(self, name) != known.default]
+        if self.to == SPARSIFIED and unused:
+            raise ValueError(f"to={SPARSIFIED} cuts what sparsify chose, so {', '.join(unused)} must be set there")
         return self
 
     @property
@@ -72,14 +77,16 @@ class Prune(Choosing, Pass):
 
     def plan(self, model: nn.Module, context: Context) -> Plan:
         """What stays of every tensor, by group, and why the other groups stay whole."""
+        if self.repair != "none":
+            calibration.count(context, self.name, BLINDLY)  # an error now, not after the work
         if self.to == SPARSIFIED:
             return self._sparsified(context)
         chooser = Chooser(self, model, context, self.name)
         plan = chooser.at_ratio(self.ratio) if self.ratio is not None else chooser.reach(str(self.to))
         if not plan["groups"]:
-            reasons = sorted(set(chooser.left.values())) or ["every group keeps all it has"]
+            reasons = sorted(set(cast(dict[str, str], plan["left"]).values()))
             rule = f"to {self.to}" if self.to else f"ratio {self.ratio}"
-            raise PassError(f"prune: {rule} cuts nothing ({'; '.join(reasons)}); ask for less, or try scope all")
+            raise PassError(f"prune: {rule} cuts nothing ({'; '.join(reasons)}); ask for less")
         return plan
 
     def rewrite(self, model: nn.Module, plan: Plan) -> nn.Module:
@@ -95,14 +102,19 @@ class Prune(Choosing, Pass):
         probe = torch.randn(2, *context.backbone.input.size, generator=torch.Generator().manual_seed(0))
         folded = copy.deepcopy(teacher)
         blind = self.repair == "none"
+        gone = _gone(teacher, context.plan)
+        refit = self._refit(gone, context.plan)
+        if self.repair == "outputs":
+            # Refitted, they give the norm behind what it got before: folded into that norm, the mean would count twice.
+            gone = {name: some for name, some in gone.items() if name not in refit or _biased(teacher, name)}
         with surgery.on_device(context.device, model, teacher, folded):
             probe = probe.to(context.device)
             batches = [probe] if blind else (part.to(context.device) for part in calibration.images(context))
-            unfolded = fold_means(folded, _gone(teacher, context.plan), batches, probe, constants_only=blind)
+            unfolded = fold_means(folded, gone, batches, probe, constants_only=blind)
             apply(folded, context.plan)
             model.load_state_dict(folded.state_dict())
             figures: dict[str, JsonValue] = {"unfolded": [*unfolded]}
-            return figures if blind else figures | self._repair(model, teacher, context)
+            return figures if blind else figures | self._repair(model, teacher, refit, context)
 
     def _sparsified(self, context: Context) -> Plan:
         """The plan of the sparsify before."""
@@ -112,25 +124,34 @@ class Prune(Choosing, Pass):
             raise PassError(f"prune: --to sparsified cuts what sparsify chose, but {before} before it; put it there")
         return {key: last.plan[key] for key in ("groups", "keep", "attributes", "left")}
 
-    def _repair(self, model: nn.Module, dense: nn.Module, context: Context) -> dict[str, JsonValue]:
+    def _refit(self, gone: Iterable[str], plan: Plan) -> list[str]:
+        """Layers to refit; not where queries are scaled, which no longer are what they were."""
+        says: Any = plan["attributes"]
+        rescaled = {f"{name}.qkv" for name, values in says.items() if "scale" in values}
+        return [name for name in gone if name not in rescaled] if self.repair in ("both", "outputs") else []
+
+    def _repair(
+        self, model: nn.Module, dense: nn.Module, refit: Sequence[str], context: Context
+    ) -> dict[str, JsonValue]:
         assert context.backbone is not None  # Pass.__call__ set it
         keep: Any = context.plan["keep"]
-        says: Any = context.plan["attributes"]
-        rescaled = {f"{name}.qkv" for name, values in says.items() if "scale" in values}
-        refit = {name: name for name in _gone(dense, context.plan) if name not in rescaled}
         kept = {key.rpartition(".")[0]: numbers(dims["0"]) for key, dims in keep.items() if "0" in dims}
         most = repair.images_that_fit(model, context.backbone.input.size, self.memory_gb)
-        count = calibration.count(context, self.name, "criterion group-l2 and repair none")
+        count = calibration.count(context, self.name, BLINDLY)
         return repair.repair(
             model,
             dense,
-            refit if self.repair in ("both", "outputs") else {},
+            {name: name for name in refit},
             next(calibration.images(context, min(most, count))),
             kept=kept,
             norms=self.repair in ("both", "norms"),
             batch_size=calibration.EVAL_BATCH,
             progress=context.progress,
         )
+
+
+def _biased(model: nn.Module, layer: str) -> bool:
+    return getattr(model.get_submodule(layer), "bias", None) is not None
 
 
 def _gone(model: nn.Module, plan: Plan) -> dict[str, list[int]]:

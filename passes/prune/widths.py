@@ -9,6 +9,7 @@ others follow densities found before training (PreCrop, arXiv:2203.02549).
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -116,7 +117,7 @@ class Widths:
         return tuple(chosen)
 
     def _stepwise(self, budget: float) -> Units:
-        """From all units, always the step that loses least for what it saves."""
+        """From all units, always the step that loses least for what it saves; then what the last one left is spent."""
         places, gone = [len(options) - 1 for options in self.options], [0] * len(self.options)
         steps = [self._step(number, places[number], gone) for number in range(len(gone))]
         cost = self.dense
@@ -129,7 +130,27 @@ class Widths:
             cost = self.prices.cost(gone)
             for other in self._neighbours[number]:
                 steps[other] = self._step(other, places[other], gone)
-        return tuple(options[place] for options, place in zip(self.options, places, strict=True))
+        return self._filled(places, budget)
+
+    def _filled(self, places: list[int], budget: float) -> Units:
+        """Wider by single steps that still fit, first what regains most for what it costs, until none does."""
+        gone = self._gone(self._units(places))
+        while True:
+            left, best, chosen = budget - self.prices.cost(gone), -math.inf, None
+            for number, (options, place) in enumerate(zip(self.options, places, strict=True)):
+                if place + 1 == len(options):
+                    continue
+                there = list(gone)
+                there[number] = self.whole[number] - options[place + 1]
+                cost = sum(part.cost(there) - part.cost(gone) for part in self._parts[number])
+                regained = self.losses[number][options[place]] - self.losses[number][options[place + 1]]
+                worth = regained / cost if cost > 0 else math.inf
+                if cost <= left and worth > best:
+                    best, chosen = worth, number
+            if chosen is None:
+                return self._units(places)
+            places[chosen] += 1
+            gone[chosen] = self.whole[chosen] - self.options[chosen][places[chosen]]
 
     def _step(self, number: int, place: int, gone: Sequence[int]) -> tuple[float, int]:
         """Loss per cost of the best step down of a group, infinite where none saves, and the place it leads to."""
@@ -153,6 +174,9 @@ class Widths:
         """Groups whose steps save another amount once the width of one has changed."""
         return [{n for part in parts for side in part.sides for n in side.per_unit} for parts in self._parts]
 
+    def _units(self, places: Sequence[int]) -> Units:
+        return tuple(options[place] for options, place in zip(self.options, places, strict=True))
+
     def _gone(self, choice: Units) -> list[int]:
         return [whole - units for whole, units in zip(self.whole, choice, strict=True)]
 
@@ -166,20 +190,17 @@ def local(ranked: Sequence[Ranked], options: Sequence[tuple[int, ...]]) -> Share
 
 def isomorphic(ranked: Sequence[Ranked], options: Sequence[tuple[int, ...]], classes: Sequence[str]) -> Share:
     """One share of the units of every class; within a class those of the highest scores stay, wherever they are."""
-    # Over their mean, for one group may have larger values throughout.
-    normal = [one.scores / one.scores.mean().clamp(min=torch.finfo(torch.double).tiny) for one in ranked]
-    pooled = {
-        name: torch.cat([scores for scores, of in zip(normal, classes, strict=True) if of == name]).sort().values
-        for name in dict.fromkeys(classes)
-    }
+    pools: dict[str, list[tuple[float, float, int]]] = {name: [] for name in classes}
+    for number, (one, name) in enumerate(zip(ranked, classes, strict=True)):
+        # Over their mean, for one group may have larger values throughout; of equals each group keeps as many.
+        normal = one.scores / one.scores.mean().clamp(min=torch.finfo(torch.double).tiny)
+        units = len(normal)
+        pools[name] += [(-x, at / units, number) for at, x in enumerate(normal.sort(descending=True).values.tolist())]
+    pooled = [[number for *_, number in sorted(pool)] for pool in pools.values()]
 
     def kept(share: float) -> Units:
-        found = []
-        for scores, some, name in zip(normal, options, classes, strict=True):
-            cut = len(pooled[name]) - round(share * len(pooled[name]))
-            least = float(pooled[name][cut]) if cut < len(pooled[name]) else math.inf
-            found.append(nearest(some, int((scores >= least).sum())))
-        return tuple(found)
+        found = Counter(number for pool in pooled for number in pool[: round(share * len(pool))])
+        return tuple(nearest(some, found[number]) for number, some in enumerate(options))
 
     return kept
 

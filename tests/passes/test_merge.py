@@ -10,12 +10,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from slim import store
+from slim import store, surgery
 from slim.artifact import Artifact, Backbone, Preprocessing
 from slim.contract import Context
 from slim.errors import PassError
 from slim.passes.low_rank import schemes
-from slim.passes.merge import Merge, audible
+from slim.passes.merge import Merge
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 SIZE = (3, 32, 32)
@@ -165,10 +165,10 @@ def test_a_layer_that_something_else_reads_too_is_left_and_the_others_are_merged
 
 
 def test_noise_is_added_to_what_is_near_zero_alone() -> None:
-    given = nn.Sequential(nn.Linear(16, 4), nn.Linear(4, 4))
+    given: Any = nn.Sequential(nn.Linear(16, 4), nn.Linear(4, 4))
     nn.init.zeros_(given[1].weight)
     nn.init.constant_(given[1].bias, 1e-6)
-    found = audible(given)
+    found: Any = surgery.audible(given)
     assert torch.equal(found[0].weight, given[0].weight)
     # Standard deviations 1 / sqrt(4) and 0.1, of 16 and of 4 draws.
     assert 0.25 < float(found[1].weight.detach().std()) < 1

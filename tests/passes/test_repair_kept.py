@@ -82,7 +82,8 @@ def test_weights_of_a_duplicate_that_is_cut_are_taken_over() -> None:
     even = {name: [0, 2, 4, 6] for name in FEWER}
     model, bare = narrowed(dense, even), narrowed(dense, even)
     assert error(bare, dense, images(40, seed=1)) > 0.1
-    repair(model, dense, {"3": "3", "8": "8"}, draw(60, *SIZE), kept=even, ridge=1e-9)  # of noise, one weight alone is best
+    # On noise no input says what others do but for the duplicates: one weight alone is best.
+    repair(model, dense, {"3": "3", "8": "8"}, draw(60, *SIZE), kept=even, ridge=1e-9)
     assert error(model, dense, images(40, seed=1)) < 1e-3
     for key in ("3.weight", "8.weight"):
         both = dense.state_dict()[key][:, ::2] + dense.state_dict()[key][:, 1::2]
