@@ -10,7 +10,7 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from benchmarks import low_rank_tables
+from benchmarks import low_rank_tables, prune_tables
 
 RESULTS = Path(__file__).parent / "results"
 PAGE = Path(__file__).parents[1] / "docs" / "results.md"
@@ -241,6 +241,14 @@ def overheads() -> str:
             f"{row['peak_memory_gb']} GB | 300 s, 4 GB |",
             f"| latency of {row['network']}, predicted from its layers, against measured | {100 * off:.1f} % | 10 % |",
         ]
+    cut = read("prune_cost")
+    for row in cut["rows"]:
+        if row["what"] == "plan":
+            budget = row["budget"]
+            reached = f"{budget['achieved'] / budget['before']:.3f} of what it was, {len(budget['attempts'])} attempts"
+            words = f"graph and plan of pruning, {cut['network']}, {row['criterion']}, {row['to']} ({reached})"
+            limit = "60 s" if row["to"].endswith("macs") else ""
+            lines.append(f"| {words} | {row['seconds']:.0f} s | {limit} |")
     return "\n".join(
         [
             *lines,
@@ -255,7 +263,7 @@ def overheads() -> str:
             f"{curve['tolerance']:.1g}.",
             "",
             f"Machine: {machine(verify)}. Scripts: `benchmarks/startup.py`, `training_loop.py`,",
-            "`distillation_step.py`, `verify_cost.py`, `low_rank_cost.py`.",
+            "`distillation_step.py`, `verify_cost.py`, `low_rank_cost.py`, `prune_cost.py`.",
         ]
     )
 
@@ -267,13 +275,26 @@ def page() -> str:
     )
     return (
         "\n\n".join(
-            [head, low_rank_tables.section(), mobilenetv2(), recovery(), distillation(), comparisons(), overheads()]
+            [
+                head,
+                prune_tables.section(),
+                low_rank_tables.section(),
+                mobilenetv2(),
+                recovery(),
+                distillation(),
+                comparisons(),
+                overheads(),
+            ]
         )
         + "\n"
     )
 
 
-CHARTS = {"distillation.svg": distillation_chart, "low_rank.svg": low_rank_tables.chart}
+CHARTS = {
+    "distillation.svg": distillation_chart,
+    "low_rank.svg": low_rank_tables.chart,
+    "prune.svg": prune_tables.chart,
+}
 """Drawings beside the page."""
 
 
