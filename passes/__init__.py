@@ -14,7 +14,7 @@ PASSES: dict[str, tuple[str, str, str]] = {
     "distill": ("slim.passes.distill", "Distill", "Learn from a teacher, without labels."),
     "finetune": ("slim.passes.finetune", "Finetune", "Train every value on labelled images."),
     "low-rank": ("slim.passes.low_rank", "LowRank", "Write layers as two thinner ones, with ranks for a budget."),
-    "mask": ("slim.passes.mask", "Mask", "Set weights to zero in a 2:4 pattern; pays on sparse kernels alone."),
+    "mask": ("slim.passes.mask", "Mask", "Set two of four weights to zero; pays on sparse kernels alone."),
     "merge": (
         "slim.passes.merge",
         "Merge",

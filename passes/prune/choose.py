@@ -26,7 +26,6 @@ from slim.passes.reach import Words, cost_of, meter_of, reach
 BLIND: frozenset[Criterion] = frozenset({"group-l2", "random"})
 """Criteria that look at no image."""
 ONLY_INNER = "its channels leave the block; scope all cuts them too"
-ALONE = "it has one unit alone"
 SPARED = "the budget is met with less loss elsewhere"
 ROUNDED = "its width closest to the ratio is all it has"
 
@@ -146,9 +145,8 @@ class Chooser:
                 left[group.name] = "in skip"
             else:
                 allowed.append(group)
-        alone = {group.name: ALONE for group in allowed if group.units == 1}
         kept, refused = trusted(self.model, allowed, self.size)
-        return kept, left | alone | refused
+        return kept, left | refused
 
     def _by_share(self, goal: Goal) -> widths.Share | None:
         rule = self.given.ranking or "global"

@@ -14,7 +14,7 @@ from slim import surgery
 from slim.passes.prune.groups import Group, attributes, positions, spans
 
 NOT_EQUAL = "cutting its channels out is not the same as setting them to zero"
-SINGLE = "it has a single unit"
+SINGLE = "it has one unit alone"
 SAME = 1e-6
 """Of the largest output: what layers may differ by that compute in fp32 whatever they are given, as some norms do."""
 SAME_IN_FP32 = 1e-4

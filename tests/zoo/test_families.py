@@ -59,8 +59,8 @@ WHAT: dict[str, dict[str, Any]] = {
 ATTENTION = {"vit_tiny_patch16_224", "deit_tiny_patch16_224", "swin_tiny_patch4_window7_224", "mobilevit_xxs"}
 """Families with heads to cut; in others `heads` changes nothing."""
 ROWS = [(family, what) for family in FAMILIES for what in WHAT if what != "dims" or family in ATTENTION]
-NO_STREAM = {"mixer_s16_224", "fastvit_t8"}
-"""Whose residual stream no group holds in its dependency graph; it stays whole, and the plan says why."""
+NO_STREAM = {"mixer_s16_224"}
+"""Families whose residual stream the dependency graph takes for another axis: it stays whole, and the plan says why."""
 
 
 @lru_cache(maxsize=1)

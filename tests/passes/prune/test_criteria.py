@@ -372,7 +372,6 @@ def test_what_cannot_be_ranked_says_why() -> None:
     for criterion in ("gram", "taylor"):
         assert why(model.group(), criterion) == "no layer reads its channels"
         assert why(model.group("one", "spare"), criterion) == "no image reaches layer 'spare'"
-    assert why(model.group(), "group-l2") == "no layer reads its channels"
     assert ranked(model, [model.group()], "group-l2", feed(images), images=4, seed=0)[0]
 
 
@@ -391,7 +390,8 @@ def test_a_table_that_passes_through_layers_is_no_group_that_could_go_for_nothin
             return cast(Tensor, self.one(images.flatten(1)[:, :5]) + table.mean(0))
 
     model, images = Tabled(), shown(6, TOY)
-    for criterion in EVERY:
+    looking: tuple[Criterion, ...] = ("gram", "taylor")
+    for criterion in looking:
         found, left = ranked(model, [model.group("two")], criterion, feed(images), images=6, seed=0)
         assert not found
         assert left == {"first": "no image reaches layer 'two'"}
