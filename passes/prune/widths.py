@@ -23,9 +23,6 @@ from slim.passes.prune.prices import Part, Prices
 from slim.passes.reach import Unreachable
 
 Ranking = Literal["global", "local", "isomorphic", "synflow", "erk", "magnitude", "proxy"]
-LOOK_AHEAD = 4
-"""Steps of one group that `global` weighs at once: a kernel's time falls in steps wider than one of ours."""
-
 Units = tuple[int, ...]
 """Units that each group keeps."""
 Share = Callable[[float], Units]
@@ -123,8 +120,11 @@ class Widths:
         cost = self.dense
         while cost > budget:
             number = min(range(len(steps)), key=lambda n: steps[n][0])
-            if math.isinf(steps[number][0]):
-                return self.cheapest  # by the table no step saves any more, yet all together do
+            if math.isinf(steps[number][0]):  # by a noisy table no group saves any more, yet several together do
+                number = min(
+                    (n for n, place in enumerate(places) if place), key=lambda n: self._next_loss(n, places[n])
+                )
+                steps[number] = math.inf, places[number] - 1
             places[number] = steps[number][1]
             gone[number] = self.whole[number] - self.options[number][places[number]]
             cost = self.prices.cost(gone)
@@ -153,17 +153,25 @@ class Widths:
             gone[chosen] = self.whole[chosen] - self.options[chosen][places[chosen]]
 
     def _step(self, number: int, place: int, gone: Sequence[int]) -> tuple[float, int]:
-        """Loss per cost of the best step down of a group, infinite where none saves, and the place it leads to."""
+        """Loss per cost of the best step down of a group, infinite where none saves, and the place it leads to.
+
+        A step may be wide: a kernel's time falls in steps wider than one of ours.
+        """
         best = math.inf, place
         parts, losses, options = self._parts[number], self.losses[number], self.options[number]
         now = sum(part.cost(gone) for part in parts)
-        for lower in range(place - 1, max(place - 1 - LOOK_AHEAD, -1), -1):
+        for lower in range(place):
             there = list(gone)
             there[number] = self.whole[number] - options[lower]
             saved = now - sum(part.cost(there) for part in parts)
             if saved > 0:
                 best = min(best, ((losses[options[lower]] - losses[options[place]]) / saved, lower))
         return best
+
+    def _next_loss(self, number: int, place: int) -> float:
+        """What one step down adds."""
+        losses, options = self.losses[number], self.options[number]
+        return losses[options[place - 1]] - losses[options[place]]
 
     @cached_property
     def _parts(self) -> list[tuple[Part, ...]]:

@@ -18,7 +18,6 @@ from slim.passes.prune.cut import trusted
 from slim.passes.prune.groups import Group, Kind, groups_of
 from slim.passes.prune.prices import Part, Prices, Product, Side, Timed, prices
 from slim.passes.prune.widths import (
-    LOOK_AHEAD,
     Share,
     Units,
     Widths,
@@ -261,12 +260,12 @@ def test_a_step_that_saves_nothing_by_itself_is_looked_over() -> None:
     assert given.within(1.0) == (3,)
 
 
-def test_the_look_ahead_ends_and_then_everything_is_at_its_fewest() -> None:
-    flat = [0.0, 1.0, *[2.0] * (LOOK_AHEAD + 1)]  # from all units, no four steps save anything
-    given = Widths([scored(*[1.0] * (len(flat) - 1))], [tuple(range(1, len(flat)))], stairs(flat))
-    assert given.within(1.5) == (1,)
-    near = Widths(given.ranked, given.options, stairs([0.0, 1.0, 1.0, *[2.0] * LOOK_AHEAD]))
-    assert near.within(1.5) == (2,)
+def test_groups_that_save_together_alone_go_down_step_by_step_not_all_the_way() -> None:
+    # 3 ms wherever one of two sides is above 2 units, 1 ms below: no single group saves anything.
+    values = np.array([[0.0, 1, 1, 3, 3], [1, 1, 1, 3, 3], [1, 1, 1, 3, 3], [3, 3, 3, 3, 3], [3, 3, 3, 3, 3]])
+    together = Timed((Side(4, {0: 1}), Side(4, {1: 1})), (tuple(range(5)), tuple(range(5))), values)
+    given = Widths([scored(*[1.0] * 4)] * 2, [(1, 2, 3, 4)] * 2, Prices((together,), 0.0))
+    assert given.within(2.0) == (2, 2)
 
 
 def test_a_wider_layer_that_is_as_fast_is_taken() -> None:
