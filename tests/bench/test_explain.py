@@ -257,8 +257,9 @@ def test_a_long_name_keeps_its_end_and_a_long_decision_its_beginning() -> None:
 
 
 def test_an_artifact_alone_is_explained_with_the_kernels_it_has(
-    call: Any, low_rank: tuple[Artifact, Artifact], tmp_path: Path
+    call: Any, low_rank: tuple[Artifact, Artifact], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setenv("COLUMNS", "200")  # no sentence is wrapped
     folder = store.save(low_rank[1], tmp_path / "artifact")
     said = call("explain", folder, "--trust")
     assert (said.code, said.err) == (0, "")
