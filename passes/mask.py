@@ -23,14 +23,11 @@ from slim.contract import Context, Pass, Plan, Role
 from slim.data import Augment
 from slim.distributed import is_main
 from slim.errors import PassError
-from slim.passes import calibrate
+from slim.passes import calibrate, calibration
 from slim.passes.calibrate import Layer
 from slim.passes.finetune import label_loss
 from slim.passes.patterns import GROUP, cheapest, two_of_four
 from slim.training import Training
-
-EVAL_BATCH = 32
-"""Images of one call while moments are taken; it changes none."""
 
 
 class Mask(Training, Augment, Pass):
@@ -79,15 +76,15 @@ class Mask(Training, Augment, Pass):
             reasons = "; ".join(sorted(set(left.values()))) or "no Linear layer or convolution"
             raise PassError(f"mask: {self.pattern} fits no layer ({reasons}); skip less, or leave the pass out")
         entry: JsonValue = {"pattern": self.pattern, "kept": round(1 - self.share, 6)}
-        sparse: list[JsonValue] = [*_keys(names)]
+        sparse: list[JsonValue] = [f"{name}.weight" for name in names]
         return {"layers": dict.fromkeys(names, entry), "left": cast(JsonValue, left), "sparse": sparse}
 
     def fit(self, model: nn.Module, teacher: nn.Module, context: Context) -> dict[str, JsonValue]:
-        """Set the zeros, then train the rest."""
-        names = self._layers(teacher, context)[0]
+        """Set the zeros, then train the rest; the training loop reads off the plan which zeros to keep."""
+        names = [*cast(dict[str, JsonValue], context.plan["layers"])]
         if is_main():  # training hands rank 0's values on
             self._set_zeros(model, names, context)
-        trained = context.train(model, label_loss, self, self, sparse=_keys(names)) if self.epochs else {}
+        trained = context.train(model, label_loss, self, self) if self.epochs else {}
         weights = [_layer(model, name).weight for name in names]
         zeros = sum(int((weight == 0).sum()) for weight in weights) / sum(weight.numel() for weight in weights)
         return {"zeros": round(zeros, 6), **trained}
@@ -101,27 +98,23 @@ class Mask(Training, Augment, Pass):
             weight.detach().masked_fill_(zeros, 0)
 
     def _second_moments(self, model: nn.Module, names: Sequence[str], context: Context) -> dict[str, Tensor]:
-        data, backbone = context.data, context.backbone
-        assert backbone is not None  # Pass.__call__ set it
+        data = context.data
         if data is None or not data.has("calib"):
             raise PassError("mask: there are no calibration images; give data with a training split, or magnitude")
-        batches = data.eval_batches("calib", backbone.input, batch_size=EVAL_BATCH)
-        try:
+        with surgery.on_device(context.device, model):
             moments = calibrate.collect(
-                model.to(context.device),
+                model,
                 names,
-                (images for images, _ in batches),
+                calibration.images(context),
                 images=len(data.split("calib")),
                 memory_gb=self.memory_gb,
                 device=context.device,
                 progress=context.progress,
             )
-        finally:
-            model.to("cpu")
         return {name: found.second[0] for name, found in moments.items()}
 
     def _layers(self, model: nn.Module, context: Context) -> tuple[list[str], dict[str, str]]:
-        """Layers that get zeros, and why each other one gets none; the same in every process."""
+        """Layers that get zeros, and why each other one gets none."""
         assert context.backbone is not None  # Pass.__call__ set it
         found = {name: one for name, one in model.named_modules() if isinstance(one, nn.Linear | nn.Conv2d)}
         for pattern in self.skip:
@@ -157,10 +150,6 @@ class Mask(Training, Augment, Pass):
 
 def _layer(model: nn.Module, name: str) -> Layer:
     return cast(Layer, model.get_submodule(name))
-
-
-def _keys(names: Sequence[str]) -> list[str]:
-    return [f"{name}.weight" for name in names]
 
 
 def _is_plain(layer: Layer) -> bool:

@@ -135,12 +135,11 @@ class Context:
         training: Training,
         augment: Augment,
         splits: Sequence[str] = ("train",),
-        sparse: Sequence[str] = (),
     ) -> dict[str, JsonValue]:
         """The one training loop on this run's data, device, seed and checkpoint; see slim/training.py."""
         from slim.training import train
 
-        return train(model, objective, training, augment, self, splits, sparse)
+        return train(model, objective, training, augment, self, splits)
 
 
 class Pass(BaseModel):

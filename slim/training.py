@@ -86,11 +86,10 @@ def train(
     augment: Augment,
     context: Context,
     splits: Sequence[str] = ("train",),
-    sparse: Sequence[str] = (),
 ) -> dict[str, JsonValue]:
     """Train `model` in place on the images of `splits`; it ends on the CPU.
 
-    Zeros of the weights named in `sparse`, and of those that steps before made sparse (see `Plan`), stay zeros.
+    Zeros of the weights that this step or one before made sparse (see `Plan`) stay zeros.
 
     Returns:
         `loss`: mean per epoch, over all processes; `losses`: the same by name, where there are several; `steps`;
@@ -109,7 +108,7 @@ def train(
     batch = min(context.loading.batch_size, len(data.pool(splits)))
     # Drawn from by dropout and drop path; left as the caller had it.
     with torch.random.fork_rng(devices=[context.device] if context.device.type == "cuda" else []):
-        state = _State(model, objective, training, total, batch, context, sparse)
+        state = _State(model, objective, training, total, batch, context)
         with context.progress(f"training {training.epochs} epochs", total) as advance:
             advance(state.step, "")
             while state.step < total:
@@ -193,14 +192,7 @@ class _State:
     """What a step changes: values, optimiser, moving average; saved and taken up again as a whole."""
 
     def __init__(
-        self,
-        model: nn.Module,
-        objective: Objective,
-        training: Training,
-        total: int,
-        batch: int,
-        context: Context,
-        sparse: Sequence[str],
+        self, model: nn.Module, objective: Objective, training: Training, total: int, batch: int, context: Context
     ) -> None:
         from accelerate import Accelerator, DistributedDataParallelKwargs
         from timm.optim import create_optimizer_v2
@@ -250,7 +242,7 @@ class _State:
         self._kept: bytes | None = None
         self._take_up()
         # Last of all: by now every process has rank 0's values, and a checkpoint has brought its own zeros.
-        self._held = _zeros_held(model, {*sparse, *_made_sparse(context)})
+        self._held = _zeros_held(model, _made_sparse(context))
 
     def advance(self, batch: Batch) -> float:
         """One optimiser step; the loss of it, over all processes."""
@@ -355,8 +347,8 @@ class _State:
 
 
 def _made_sparse(context: Context) -> set[str]:
-    """State-dict keys that plans before list as `sparse`."""
-    lists: list[Any] = [step.plan.get("sparse", []) for step in context.history]
+    """State-dict keys that the plan of this step and those before list as `sparse`."""
+    lists: list[Any] = [plan.get("sparse", []) for plan in (context.plan, *(step.plan for step in context.history))]
     return {key for keys in lists for key in keys}
 
 

@@ -382,9 +382,9 @@ def test_zeros_of_weights_made_sparse_before_are_held_and_no_others(digits: Data
     before = {name: value.clone() for name, value in model.state_dict().items()}
     # The second key is of a layer that the network no longer has.
     step = Step(name="mask", version=1, config={}, plan={"sparse": [SPARSE, "blocks.7.mlp.fc1.weight"]}, seed=0)
-    context = context_of(digits, NETWORKS["layer-norm"], history=(step,))
+    context = context_of(digits, NETWORKS["layer-norm"], history=(step,), plan={"sparse": [also]})
     settings = Training(epochs=1, precision="fp32", ema=0.5)
-    training.train(model, label_loss, settings, PLAIN, context, sparse=[also])
+    training.train(model, label_loss, settings, PLAIN, context)
     after = model.state_dict()
     for name in (SPARSE, also):
         assert torch.equal(after[name] == 0, before[name] == 0)
@@ -402,8 +402,8 @@ def test_zeros_held_are_those_of_the_checkpoint_that_is_taken_up(digits: Data, t
         return model
 
     def go_on(model: nn.Module, objective: training.Objective, checkpoint: Path | None) -> nn.Module:
-        context = context_of(digits, NETWORKS["layer-norm"], checkpoint=checkpoint)
-        training.train(model, objective, settings, PLAIN, context, sparse=[SPARSE])
+        context = context_of(digits, NETWORKS["layer-norm"], checkpoint=checkpoint, plan={"sparse": [SPARSE]})
+        training.train(model, objective, settings, PLAIN, context)
         return model
 
     whole = go_on(masked(0), label_loss, None)
