@@ -36,7 +36,6 @@ BUDGETS = """\
 format: slim-budgets/1
 target: ort:cpu,threads=1
 budgets:
-  - {metric: params, max: 1300000}
   - {metric: top1_drop_points, max: 1.0}
   - {metric: latency_ratio, max: 0.8}
 """
