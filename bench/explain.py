@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from slim.artifact import Artifact
 from slim.bench import filters
 from slim.bench.decisions import Decision, decisions
+from slim.bench.wording import printable
 from slim.surgery import in_eval
 
 if TYPE_CHECKING:
@@ -125,11 +126,6 @@ def to_console(rows: Sequence[LayerRow]) -> Table:
             Text(printable(row.why) or "-"),
         )
     return table
-
-
-def printable(text: str) -> str:
-    """Without what could drive a terminal, and what no XML may hold: names and reasons come from files."""
-    return "".join(one if one.isprintable() else "?" for one in text)
 
 
 def _shape(weight: Shape) -> str:

@@ -11,7 +11,8 @@ from importlib import resources
 from typing import NamedTuple
 
 from slim.bench.charts import CHARACTER
-from slim.bench.explain import LayerRow, printable
+from slim.bench.explain import LayerRow
+from slim.bench.wording import printable
 
 ROW, GAP = 17.0, 6.0
 """Height of a layer's row, and what parts the layers of one block from those of the next."""

@@ -138,11 +138,11 @@ def to_console(report: Report) -> RenderableType:
     from rich.table import Table
     from rich.text import Text
 
-    from slim.bench.wording import COLUMNS, headline, interval, number, rows
+    from slim.bench.wording import COLUMNS, headline, interval, number, printable, rows
 
     def cell(text: str, style: str = "") -> Text:
         # Text, not markup, and printable: a pass option read from a file must not be able to drive the terminal.
-        return Text("\n".join("".join(c if c.isprintable() else "?" for c in line) for line in text.split("\n")), style)
+        return Text("\n".join(map(printable, text.split("\n"))), style)
 
     def figure(row: Row, metric: str) -> Text:
         found = row.figures.get(metric)

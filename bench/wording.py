@@ -247,6 +247,11 @@ def as_text(value: JsonValue) -> str:
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
+def printable(text: str) -> str:
+    """Without what could drive a terminal, and what no XML may hold: names and reasons come from files."""
+    return "".join(one if one.isprintable() else "?" for one in text)
+
+
 def _scaled(value: float, units: Sequence[str]) -> str:
     power = 0
     while abs(value) >= 999.5 and power < len(units) - 1:
