@@ -16,16 +16,18 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 import slim
 from benchmarks.nets import mobilenetv2
-from slim import environment, pretrained, store
+from slim import costs, environment, pretrained, store
 from slim.artifact import Artifact
 from slim.bench.measure import TargetMeter
 from slim.console import bars
@@ -134,6 +136,24 @@ def apply(passes: Sequence[Pass], given: Artifact, context: Context) -> Artifact
     return after
 
 
+@contextmanager
+def on_target(dense: Artifact, data: Data, *, batch_size: int, seed: int = 0) -> Iterator[tuple[TargetMeter, Context]]:
+    """A meter that has measured nothing yet, and what the passes may use."""
+    with tempfile.TemporaryDirectory() as exported:
+        meter = TargetMeter(Target.parse(TARGET), dense.backbone.input, data, Path(exported), progress=bars)
+        context = Context(
+            data=data,
+            meter=meter,
+            reference=dense,
+            dense=dense,
+            seed=seed,
+            progress=bars,
+            loading=Loading(batch_size=batch_size),
+            backbone=dense.backbone,
+        )
+        yield meter, context
+
+
 def main() -> None:
     torch.set_num_threads(1)
     for name in sys.argv[1:] or NETWORKS:
@@ -141,16 +161,7 @@ def main() -> None:
         dense, data = begin(name)
         folder = RESULTS / name
         folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory() as exported:
-            meter = TargetMeter(Target.parse(TARGET), dense.backbone.input, data, Path(exported), progress=bars)
-            context = Context(
-                data=data,
-                meter=meter,
-                reference=dense,
-                dense=dense,
-                progress=bars,
-                loading=Loading(batch_size=network.batch_size),
-            )
+        with on_target(dense, data, batch_size=network.batch_size) as (meter, context):
             todo: dict[str, tuple[Pass, ...]] = {"dense": ()}
             # As many epochs more for the dense network, in the way that it can be trained.
             todo["dense-trained"] = (Finetune(**network.finetune) if network.finetune else Distill(**network.recover),)
@@ -164,33 +175,42 @@ def main() -> None:
                     started = time.time()
                     after = apply(passes, dense, context)
                     spent = time.time() - started
-                    found = figures(after, dense, meter) | {"arm": arm, "seconds": round(spent, 1)}
+                    found = figures(after, dense, meter) | {
+                        "history": steps(after, dense, "layers"),
+                        "environment": environment.describe(),
+                        "arm": arm,
+                        "seconds": round(spent, 1),
+                    }
                     file.write_text(json.dumps(found, indent=1) + "\n")
                     print(f"{name} {arm}: {found['top1']['value']:.2f} %, {found['params']:.3f} of the parameters")
 
 
-def figures(after: Artifact, dense: Artifact, meter: TargetMeter) -> dict[str, Any]:
+def figures(after: Artifact | nn.Module, dense: Artifact, meter: TargetMeter) -> dict[str, Any]:
     """What is reported of one network, against the dense one on the same images and in the same run."""
     fields = {"value", "low", "high", "n"}
-    same = after.digest == dense.digest
+    same = isinstance(after, Artifact) and after.digest == dense.digest
+    counted = after.costs if isinstance(after, Artifact) else costs.count(after, dense.backbone.input.size)
     return {
-        "params": after.costs["params"] / dense.costs["params"],
-        "macs": after.costs["macs"] / dense.costs["macs"],
+        "params": counted["params"] / dense.costs["params"],
+        "macs": counted["macs"] / dense.costs["macs"],
         "top1": meter.accuracy(after).model_dump(include=fields),
         "drop": None if same else meter.drop(after, dense).model_dump(include=fields),
         "latency_ratio": None if same else meter.compare(after, dense).model_dump(include=fields),
-        "history": [
-            {
-                "name": step.name,
-                "config": step.config,
-                "metrics": step.metrics,
-                "budget": step.plan.get("budget"),
-                "layers": step.plan.get("layers"),
-            }
-            for step in after.history[len(dense.history) :]
-        ],
-        "environment": environment.describe(),
     }
+
+
+def steps(after: Artifact, dense: Artifact, decided: str) -> list[dict[str, Any]]:
+    """What was done to the dense network; of each plan its budget and what it `decided`: "layers", "groups"."""
+    return [
+        {
+            "name": step.name,
+            "config": step.config,
+            "metrics": step.metrics,
+            "budget": step.plan.get("budget"),
+            decided: step.plan.get(decided),
+        }
+        for step in after.history[len(dense.history) :]
+    ]
 
 
 if __name__ == "__main__":

@@ -15,7 +15,6 @@ from __future__ import annotations
 import json
 import os
 import sys
-import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,14 +24,11 @@ import torch
 from torch import nn
 
 from benchmarks.group_norm_pruner import share_of_macs, sparsify_and_prune
-from benchmarks.low_rank import TARGET, apply, begin
-from slim import costs, environment
+from benchmarks.low_rank import apply, begin, figures, on_target, steps
+from slim import environment
 from slim.artifact import Artifact
-from slim.bench.measure import TargetMeter
-from slim.console import bars
-from slim.contract import Context, Loading, Pass
+from slim.contract import Context, Pass
 from slim.data import Data, open_data
-from slim.export.target import Target
 from slim.passes.distill import Distill
 from slim.passes.finetune import Finetune
 from slim.passes.prune import Prune
@@ -136,32 +132,18 @@ def main() -> None:
 
 def run(name: str, arm: Arm, seed: int, dense: Artifact, data: Data, folder: Path) -> dict[str, Any]:
     """One arm."""
-    with tempfile.TemporaryDirectory() as exported:
-        meter = TargetMeter(Target.parse(TARGET), dense.backbone.input, data, Path(exported), progress=bars)
-        context = Context(
-            data=data,
-            meter=meter,
-            reference=dense,
-            dense=dense,
-            seed=seed,
-            progress=bars,
-            loading=Loading(batch_size=128),
-            backbone=dense.backbone,
-        )
+    with on_target(dense, data, batch_size=128, seed=seed) as (meter, context):
         started = time.time()
         history: list[dict[str, Any]] = []
         after: Artifact | nn.Module
         if arm.share_of_macs is None:
             after = apply(arm.passes, dense, context)
-            history = [
-                {"name": s.name, "config": s.config, "metrics": s.metrics, "budget": s.plan.get("budget"),
-                 "groups": s.plan.get("groups")}
-                for s in after.history[len(dense.history) :]
-            ]  # fmt: skip
+            history = steps(after, dense, "groups")
         else:
             after = theirs(arm, name, dense, context, folder)
         spent = time.time() - started
         return figures(after, dense, meter) | {
+            "environment": environment.describe(),
             "arm": name,
             "seed": seed,
             "seconds": round(spent, 1),
@@ -181,22 +163,6 @@ def theirs(arm: Arm, name: str, dense: Artifact, context: Context, folder: Path)
     return sparsify_and_prune(
         model, settings, context, sparse_epochs=2, fits=lambda one: share_of_macs(one, model, size) <= share
     )
-
-
-def figures(after: Artifact | nn.Module, dense: Artifact, meter: TargetMeter) -> dict[str, Any]:
-    """What is reported of one network, against the dense one on the same images and in the same run."""
-    fields = {"value", "low", "high", "n"}
-    same = isinstance(after, Artifact) and after.digest == dense.digest
-    model = after.model() if isinstance(after, Artifact) else after
-    counted, before = costs.count(model, dense.backbone.input.size), dense.costs
-    return {
-        "params": counted["params"] / before["params"],
-        "macs": counted["macs"] / before["macs"],
-        "top1": meter.accuracy(after).model_dump(include=fields),
-        "drop": None if same else meter.drop(after, dense).model_dump(include=fields),
-        "latency_ratio": None if same else meter.compare(after, dense).model_dump(include=fields),
-        "environment": environment.describe(),
-    }
 
 
 if __name__ == "__main__":
