@@ -17,17 +17,11 @@ from torch import Tensor, nn
 from slim.passes.prune.cut import NOT_EQUAL, SINGLE, cut, pruned, silenced, some_of, trusted
 from slim.passes.prune.groups import Group, groups_of, positions
 from tests.contract.zoo import SIZE, ZOO, Tied, artifact
+from tests.passes.prune.toys import SWIN, Chain
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 SMALL = (3, 8, 8)
-SWIN: dict[str, Any] = {
-    "img_size": 64,
-    "window_size": 2,
-    "depths": (1, 1, 1, 1),
-    "embed_dim": 12,
-    "num_heads": (2, 2, 4, 4),
-}
 EXACT = 1e-5
 """Of the largest output: fp32 rounds each of some dozen layers by 1e-7."""
 
@@ -87,21 +81,6 @@ def check(
 # A group at zero is cut out exactly
 
 
-class Toy(nn.Module):
-    """Layers, a mean over positions, a classifier."""
-
-    def __init__(self, *layers: nn.Module, width: int) -> None:
-        super().__init__()
-        self.layers, self.head = nn.Sequential(*layers), nn.Linear(width, 5)
-
-    def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.head(self.layers(x).mean((2, 3)))
-        return out
-
-    def get_classifier(self) -> nn.Module:
-        return self.head
-
-
 class Excited(nn.Module):
     """Squeeze and excitation."""
 
@@ -137,37 +116,39 @@ class Added(nn.Module):
 
 TOYS: dict[str, tuple[Callable[[], nn.Module], int]] = {
     "batch norm": (
-        lambda: Toy(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 6, 3, padding=1), width=6),
+        lambda: Chain(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 6, 3, padding=1), width=6),
         2,
     ),
-    "one slope": (lambda: Toy(nn.Conv2d(3, 8, 3), nn.PReLU(), nn.Conv2d(8, 6, 1), width=6), 2),
-    "a slope each": (lambda: Toy(nn.Conv2d(3, 8, 3), nn.PReLU(8), nn.Conv2d(8, 6, 1), width=6), 2),
+    "one slope": (lambda: Chain(nn.Conv2d(3, 8, 3), nn.PReLU(), nn.Conv2d(8, 6, 1), width=6), 2),
+    "a slope each": (lambda: Chain(nn.Conv2d(3, 8, 3), nn.PReLU(8), nn.Conv2d(8, 6, 1), width=6), 2),
     "depthwise": (
-        lambda: Toy(nn.Conv2d(3, 8, 1), nn.Conv2d(8, 8, 3, groups=8), nn.SiLU(), nn.Conv2d(8, 6, 1), width=6),
+        lambda: Chain(nn.Conv2d(3, 8, 1), nn.Conv2d(8, 8, 3, groups=8), nn.SiLU(), nn.Conv2d(8, 6, 1), width=6),
         2,
     ),
     "depthwise, wider": (
-        lambda: Toy(nn.Conv2d(3, 8, 1), nn.Conv2d(8, 16, 3, groups=8), nn.SiLU(), nn.Conv2d(16, 6, 1), width=6),
+        lambda: Chain(nn.Conv2d(3, 8, 1), nn.Conv2d(8, 16, 3, groups=8), nn.SiLU(), nn.Conv2d(16, 6, 1), width=6),
         2,
     ),
     "groups": (
-        lambda: Toy(nn.Conv2d(3, 12, 1), nn.Conv2d(12, 24, 3, groups=4), nn.ReLU(), nn.Conv2d(24, 6, 1), width=6),
+        lambda: Chain(nn.Conv2d(3, 12, 1), nn.Conv2d(12, 24, 3, groups=4), nn.ReLU(), nn.Conv2d(24, 6, 1), width=6),
         2,
     ),
     "group norm": (
-        lambda: Toy(nn.Conv2d(3, 12, 1), nn.GroupNorm(4, 12), nn.ReLU(), nn.Conv2d(12, 6, 1), width=6),
+        lambda: Chain(nn.Conv2d(3, 12, 1), nn.GroupNorm(4, 12), nn.ReLU(), nn.Conv2d(12, 6, 1), width=6),
         2,
     ),
     "squeeze and excitation": (
-        lambda: Toy(nn.Conv2d(3, 8, 1), nn.BatchNorm2d(8), Excited(8), nn.Conv2d(8, 6, 1), width=6),
+        lambda: Chain(nn.Conv2d(3, 8, 1), nn.BatchNorm2d(8), Excited(8), nn.Conv2d(8, 6, 1), width=6),
         3,
     ),
     "concatenation": (
-        lambda: Toy(Branches(nn.Conv2d(3, 8, 1), nn.Conv2d(3, 4, 1)), nn.BatchNorm2d(12), nn.Conv2d(12, 6, 1), width=6),
+        lambda: Chain(
+            Branches(nn.Conv2d(3, 8, 1), nn.Conv2d(3, 4, 1)), nn.BatchNorm2d(12), nn.Conv2d(12, 6, 1), width=6
+        ),
         3,
     ),
     "hidden units behind a layer norm": (
-        lambda: Toy(
+        lambda: Chain(
             nn.Conv2d(3, 12, 1), Added(nn.Sequential(nn.Linear(12, 20), nn.GELU(), nn.Linear(20, 12))), width=12
         ),
         1,
@@ -191,7 +172,7 @@ def test_cutting_heads_or_their_dimensions_that_are_zero_changes_nothing(
     torch.manual_seed(0)
     attention = Attention(12, num_heads=3, qkv_bias=True, qk_norm=normed, norm_layer=nn.LayerNorm)
     attention.fused_attn = fused
-    model = noisy(Toy(nn.Conv2d(3, 12, 1), Added(attention), width=12))
+    model = noisy(Chain(nn.Conv2d(3, 12, 1), Added(attention), width=12))
     if heads == "dims" and normed:
         assert all(group.kind == "channels" for group in groups_of(model, SMALL, heads=heads)[0])
         return
@@ -257,7 +238,7 @@ def test_every_group_of_swin_tiny_is_believed_and_its_streams_are_cut_as_if_they
 @pytest.mark.parametrize("norm", [LayerNorm2d, lambda width: nn.GroupNorm(1, width)], ids=["layer norm", "one group"])
 def test_norms_over_all_channels_are_compared_over_those_that_stay(norm: Callable[[int], nn.Module]) -> None:
     torch.manual_seed(0)
-    model = noisy(Toy(nn.Conv2d(3, 8, 1), norm(8), nn.GELU(), nn.Conv2d(8, 6, 1), width=6))
+    model = noisy(Chain(nn.Conv2d(3, 8, 1), norm(8), nn.GELU(), nn.Conv2d(8, 6, 1), width=6))
     groups, _ = groups_of(model, SMALL)
     found, _ = trusted(model, groups, SMALL)
     first = found[0]
@@ -316,7 +297,7 @@ def shifted(group: Group, key: str, by: int) -> Group:
 def test_a_wrong_group_is_refused_and_those_around_it_stay(wrong: list[int], by: int) -> None:
     torch.manual_seed(0)
     layers = [layer for _ in range(4) for layer in (nn.Conv2d(8, 8, 1), nn.BatchNorm2d(8), nn.LeakyReLU(0.5))]
-    model = noisy(Toy(nn.Conv2d(3, 8, 1), *layers, width=8))
+    model = noisy(Chain(nn.Conv2d(3, 8, 1), *layers, width=8))
     groups, _ = groups_of(model, SMALL)
     names = [group.name for group in groups]
     groups = [
@@ -329,7 +310,7 @@ def test_a_wrong_group_is_refused_and_those_around_it_stay(wrong: list[int], by:
 
 def test_two_groups_with_their_places_swapped_are_refused() -> None:
     torch.manual_seed(0)
-    model = noisy(Toy(Branches(nn.Conv2d(3, 8, 1), nn.Conv2d(3, 8, 1)), nn.ReLU(), nn.Conv2d(16, 6, 1), width=6))
+    model = noisy(Chain(Branches(nn.Conv2d(3, 8, 1), nn.Conv2d(3, 8, 1)), nn.ReLU(), nn.Conv2d(16, 6, 1), width=6))
     one, two, third = groups_of(model, SMALL)[0]
     readers = one.members[-1], two.members[-1]
     assert all(member.reads for member in readers)
@@ -344,7 +325,7 @@ def test_two_groups_with_their_places_swapped_are_refused() -> None:
 
 def test_a_wrong_group_is_refused_behind_a_layer_that_is_still_zero() -> None:
     torch.manual_seed(0)
-    model = noisy(Toy(nn.Conv2d(3, 8, 1), nn.ReLU(), nn.Conv2d(8, 6, 1), width=6))
+    model = noisy(Chain(nn.Conv2d(3, 8, 1), nn.ReLU(), nn.Conv2d(8, 6, 1), width=6))
     nn.init.zeros_(model.get_parameter("head.weight"))
     one, two = groups_of(model, SMALL)[0]
     found, _ = trusted(model, [shifted(one, "layers.2.weight", 1), two], SMALL)
@@ -352,7 +333,7 @@ def test_a_wrong_group_is_refused_behind_a_layer_that_is_still_zero() -> None:
 
 
 def test_a_group_of_one_unit_is_left_with_the_reason() -> None:
-    model = noisy(Toy(nn.Conv2d(3, 1, 1), nn.Conv2d(1, 6, 1), width=6))
+    model = noisy(Chain(nn.Conv2d(3, 1, 1), nn.Conv2d(1, 6, 1), width=6))
     found, refused = trusted(model, groups_of(model, SMALL)[0], SMALL)
     assert [group.name for group in found] == ["layers.1"]
     assert refused == {"layers.0": SINGLE}

@@ -25,17 +25,11 @@ from slim.passes.prune.groups import (
     spans,
 )
 from tests.contract.zoo import SIZE, ZOO, Tied, artifact
+from tests.passes.prune.toys import SWIN, Chain
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 SMALL = (3, 8, 8)
-SWIN: dict[str, Any] = {
-    "img_size": 64,
-    "window_size": 2,
-    "depths": (1, 1, 1, 1),
-    "embed_dim": 12,
-    "num_heads": (2, 2, 4, 4),
-}
 
 
 def group(model: nn.Module, name: str, size: tuple[int, int, int] = SMALL, **options: Any) -> Group:
@@ -46,21 +40,6 @@ def group(model: nn.Module, name: str, size: tuple[int, int, int] = SMALL, **opt
 
 def indices(one: Group) -> dict[tuple[str, int], list[list[int]]]:
     return {(member.key, member.dim): member.index.tolist() for member in one.members}
-
-
-class Chain(nn.Module):
-    """Layers one after the other, then a mean over positions and a classifier."""
-
-    def __init__(self, *layers: nn.Module, width: int) -> None:
-        super().__init__()
-        self.layers, self.head = nn.Sequential(*layers), nn.Linear(width, 5)
-
-    def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.head(self.layers(x).mean((2, 3)))
-        return out
-
-    def get_classifier(self) -> nn.Module:
-        return self.head
 
 
 # The two functions of what is kept

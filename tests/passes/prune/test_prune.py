@@ -24,6 +24,7 @@ from slim.passes.prune.choose import numbers, ranges
 from slim.pipeline import Pipeline
 from slim.recipe import build_pass
 from tests.contract.zoo import BLIND, CLASSES, SIZE, WIDE, artifact
+from tests.passes.prune.toys import error, images_of, outputs
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -72,21 +73,6 @@ def net() -> Artifact:
     place = "tests.passes.prune.test_prune:Net"
     chosen = Backbone(name=place, num_classes=CLASSES, input=Preprocessing(size=SIZE, crop=1.0))
     return Artifact.of(chosen.build(seed=1, trust=True), chosen, trust=True)
-
-
-def images_of(data: Data, given: Artifact) -> Tensor:
-    batches = data.eval_batches("calib", given.backbone.input, batch_size=64)
-    return next(images for images, _ in batches)
-
-
-def outputs(given: Artifact, images: Tensor) -> Tensor:
-    with torch.no_grad():
-        found: Tensor = given.model()(images)
-    return found
-
-
-def error(found: Tensor, expected: Tensor) -> float:
-    return float((found - expected).norm() / expected.norm())
 
 
 # Settings

@@ -15,6 +15,7 @@ from slim.data import Data, open_data
 from slim.passes.merge import Merge
 from slim.passes.prune import Prune
 from tests.contract.zoo import CLASSES, SIZE, artifact
+from tests.passes.prune.toys import error, images_of, outputs
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -59,21 +60,6 @@ def settled(model: nn.Module) -> nn.Module:
         if isinstance(module, nn.BatchNorm2d):
             module.momentum = 0.1
     return model.eval()
-
-
-def images_of(data: Data, given: Artifact) -> Tensor:
-    batches = data.eval_batches("calib", given.backbone.input, batch_size=64)
-    return next(images for images, _ in batches)
-
-
-def outputs(given: Artifact, images: Tensor) -> Tensor:
-    with torch.no_grad():
-        found: Tensor = given.model()(images)
-    return found
-
-
-def error(found: Tensor, expected: Tensor) -> float:
-    return float((found - expected).norm() / expected.norm())
 
 
 def normed(name: str) -> Artifact:
