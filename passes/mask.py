@@ -9,12 +9,9 @@ smaller: the zeros pay on runtimes with kernels for them, and nowhere else. `uns
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
-from contextlib import ExitStack
-from fnmatch import fnmatch
+from collections.abc import Sequence
 from typing import ClassVar, Literal, Self, cast
 
-import torch
 from pydantic import Field, JsonValue, model_validator
 from torch import Tensor, nn
 
@@ -26,6 +23,7 @@ from slim.errors import PassError
 from slim.passes import calibrate, calibration
 from slim.passes.calibrate import Layer
 from slim.passes.finetune import label_loss
+from slim.passes.layers import calls_of, skipped
 from slim.passes.patterns import GROUP, cheapest, two_of_four
 from slim.training import Training
 
@@ -117,21 +115,20 @@ class Mask(Training, Augment, Pass):
         """Layers that get zeros, and why each other one gets none."""
         assert context.backbone is not None  # Pass.__call__ set it
         found = {name: one for name, one in model.named_modules() if isinstance(one, nn.Linear | nn.Conv2d)}
-        for pattern in self.skip:
-            if not any(fnmatch(name, pattern) for name in found):
-                such = f"; names are such as {next(iter(found))!r}" if found else ""
-                raise PassError(f"mask: skip {pattern!r} matches no layer{such}")
+        unwanted = skipped("mask", self.skip, found)
         heads = surgery.classifiers(model)
         owners = Counter(id(value) for _, value in model.named_parameters(remove_duplicate=False))
-        seen = _called(model, found, context.backbone.input.size) if self.criterion == "gram" else set(found)
+        plain = [name for name, layer in found.items() if _is_plain(layer)]
+        # The weights of layers that are not called have no inputs to be seen.
+        calls = calls_of(model, plain, context.backbone.input.size) if self.criterion == "gram" else None
         left: dict[str, str] = {}
         for name, layer in found.items():
             inputs = layer.weight.shape[1]
             if name in heads:
                 left[name] = "classifier"
-            elif any(fnmatch(name, pattern) for pattern in self.skip):
+            elif name in unwanted:
                 left[name] = "in skip"
-            elif not _is_plain(layer):
+            elif name not in plain:
                 left[name] = "it does not compute with its weight as it is"
             elif isinstance(layer, nn.Conv2d) and layer.groups > 1:
                 left[name] = "depthwise" if layer.groups == layer.in_channels else "grouped"
@@ -139,7 +136,7 @@ class Mask(Training, Augment, Pass):
                 left[name] = f"{inputs} inputs are no multiple of {GROUP}"
             elif owners[id(layer.weight)] > 1:
                 left[name] = "its weight is shared"
-            elif name not in seen:
+            elif calls is not None and not calls[name]:
                 left[name] = "its weight is read directly, not called"
             elif not layer.weight.isfinite().all():
                 raise PassError(f"mask: layer {name!r} holds values that are not finite; start from weights that are")
@@ -155,14 +152,3 @@ def _layer(model: nn.Module, name: str) -> Layer:
 def _is_plain(layer: Layer) -> bool:
     # timm's own, by name: importing timm takes seconds. Others standardise their weight, or hand it to another.
     return type(layer) in (nn.Linear, nn.Conv2d) or type(layer).__name__ == "Conv2dSame"
-
-
-def _called(model: nn.Module, names: Iterable[str], size: tuple[int, int, int]) -> set[str]:
-    """Which of the modules one forward pass calls; the weights of others have no inputs to be seen."""
-    seen: set[str] = set()
-    with ExitStack() as hooks, surgery.in_eval(model):
-        for name in names:
-            hook = model.get_submodule(name).register_forward_pre_hook(lambda *_, name=name: seen.add(name))
-            hooks.enter_context(hook)
-        model(torch.zeros(1, *size))
-    return seen

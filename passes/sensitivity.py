@@ -65,14 +65,28 @@ def sensitivities(
             hooks.enter_context(model.get_submodule(name).register_forward_hook(watch(name)))
         for images in _first(batches):
             shown = images.to(device or "cpu", copy=True).requires_grad_(True)
-            logits = model(shown).float()
-            if not logits.isfinite().all():
-                raise PassError("sensitivity: the network's output is not finite; check weights and images")
-            drawn = torch.multinomial(logits.detach().softmax(1).cpu(), 1, generator=generator)[:, 0]
-            torch.autograd.grad(F.cross_entropy(logits, drawn.to(logits.device), reduction="sum"), shown)
+            torch.autograd.grad(drawn_loss(model(shown), generator, "sensitivity"), shown)
             done += len(images)
             advance(len(images))
     return {name: total / (2 * max(done, 1)) for name, total in squares.items()}
+
+
+def drawn_loss(logits: Tensor, generator: torch.Generator, name: str) -> Tensor:
+    """Minus the log-likelihood, in nats, of a class drawn for each image from its prediction; summed over the images.
+
+    Args:
+        logits: (B, classes), on any device; the loss is of fp32.
+        generator: of the classes; on the CPU, where they are drawn.
+        name: of who asks, for the error.
+
+    Raises:
+        PassError: the prediction of an image is not finite.
+    """
+    logits = logits.float()
+    if not logits.isfinite().all():
+        raise PassError(f"{name}: the network's output is not finite; check weights and images")
+    drawn = torch.multinomial(logits.detach().softmax(1).cpu(), 1, generator=generator)[:, 0]
+    return F.cross_entropy(logits, drawn.to(logits.device), reduction="sum")
 
 
 def _first(batches: Iterable[Tensor]) -> Iterator[Tensor]:

@@ -22,7 +22,8 @@ from slim.data import Augment, Batch
 from slim.errors import PassError
 from slim.goal import parse_goal
 from slim.passes.finetune import label_loss
-from slim.passes.prune.choose import BLIND, Chooser, Choosing, numbers
+from slim.passes.prune.choose import Chooser, Choosing, numbers
+from slim.passes.prune.criteria import BLIND
 from slim.passes.prune.groups import is_attention
 from slim.training import Training
 

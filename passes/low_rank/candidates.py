@@ -8,16 +8,14 @@ those whose weight the network reads without calling them.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatch
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from slim import surgery
 from slim.errors import PassError
+from slim.passes.layers import calls_of, skipped
 from slim.passes.low_rank import schemes
 from slim.passes.low_rank.schemes import Layer
 
@@ -58,10 +56,8 @@ def candidates(
         PassError: a pattern of `skip` matches no layer.
     """
     layers = {name: module for name, module in model.named_modules() if schemes.is_layer(module)}
-    for pattern in skip:
-        if layers and not any(fnmatch(name, pattern) for name in layers):
-            raise PassError(f"low-rank: skip {pattern!r} matches no layer; names are such as {next(iter(layers))!r}")
-    heads, seen = surgery.classifiers(model), _inputs(model, tuple(layers), size)
+    unwanted = skipped("low-rank", skip if layers else (), layers)
+    heads, calls = surgery.classifiers(model), calls_of(model, layers, size)
     owners = Counter(id(value) for _, value in model.named_parameters(remove_duplicate=False))
     found: list[Candidate] = []
     dense: dict[str, str] = {}
@@ -73,7 +69,7 @@ def candidates(
             dense[name] = "classifier"
         elif parent in factored:
             dense[name] = "factored by a step before"
-        elif any(fnmatch(name, pattern) for pattern in skip):
+        elif name in unwanted:
             dense[name] = "in skip"
         elif type(model.get_submodule(parent)).__name__ in SQUEEZES:
             dense[name] = "squeeze-and-excitation"
@@ -81,35 +77,13 @@ def candidates(
             dense[name] = f"narrower than min_width {min_width}"
         elif owners[id(layer.weight)] > 1:
             dense[name] = "its weight is shared"
-        elif name not in seen:
+        elif not calls[name]:  # some timm attention reads qkv.weight itself, which a pair does not have
             dense[name] = "its weight is read directly, not called"
         elif not layer.weight.isfinite().all():
             raise PassError(f"low-rank: layer {name!r} holds values that are not finite; start from weights that are")
         elif not layer.weight.any():
             dense[name] = "its weight is zero"
         else:
-            shape, calls = seen[name]
-            found.append(Candidate(name, layer, shape, calls))
+            shape, _ = calls[name][-1]
+            found.append(Candidate(name, layer, shape[1:], len(calls[name])))
     return found, dense
-
-
-def _inputs(
-    model: nn.Module, names: tuple[str, ...], size: tuple[int, int, int]
-) -> dict[str, tuple[tuple[int, ...], int]]:
-    """Input shape without batch, and number of calls, of each of `names` that the forward pass calls.
-
-    Some timm attention reads `qkv.weight` itself, which a pair does not have.
-    """
-    seen: dict[str, tuple[tuple[int, ...], int]] = {}
-
-    def watch(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        def hook(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            seen[name] = (tuple(inputs[0].shape[1:]), seen[name][1] + 1 if name in seen else 1)
-
-        return hook
-
-    with ExitStack() as hooks, torch.inference_mode():
-        for name in names:
-            hooks.enter_context(model.get_submodule(name).register_forward_pre_hook(watch(name)))
-        model(torch.zeros(1, *size))
-    return seen

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from fnmatch import fnmatch
 from typing import Any, Literal, cast
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue
@@ -15,16 +14,15 @@ from slim.contract import Context, Plan
 from slim.errors import PassError
 from slim.goal import Goal, parse_goal
 from slim.passes import calibration
+from slim.passes.layers import skipped
 from slim.passes.prune import densities, widths
-from slim.passes.prune.criteria import Criterion, Ranked, ranked, share_lost
+from slim.passes.prune.criteria import BLIND, Criterion, Ranked, ranked, share_lost
 from slim.passes.prune.cut import cut, trusted
 from slim.passes.prune.groups import Group, attributes, groups_of, positions
 from slim.passes.prune.prices import prices
 from slim.passes.prune.widths import Ranking, Units, Widths
 from slim.passes.reach import Words, cost_of, meter_of, reach
 
-BLIND: frozenset[Criterion] = frozenset({"group-l2", "random"})
-"""Criteria that look at no image."""
 ONLY_INNER = "its channels leave the block; scope all cuts them too"
 SPARED = "the budget is met with less loss elsewhere"
 ROUNDED = "its width closest to the ratio is all it has"
@@ -134,14 +132,12 @@ class Chooser:
         found, left = groups_of(self.model, self.size, heads=given.heads)
         layers = [name for name, module in self.model.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)]
         names = [*layers, *(name for group in found for name in (group.name, *group.makers))]
-        for pattern in given.skip:
-            if names and not any(fnmatch(name, pattern) for name in names):
-                raise PassError(f"{self.name}: skip {pattern!r} matches no layer; names are such as {names[0]!r}")
+        unwanted = skipped(self.name, given.skip if names else (), names)
         allowed = []
         for group in found:
             if given.scope == "internal" and not group.inner:
                 left[group.name] = ONLY_INNER
-            elif any(fnmatch(name, pattern) for name in (group.name, *group.makers) for pattern in given.skip):
+            elif not unwanted.isdisjoint((group.name, *group.makers)):
                 left[group.name] = "in skip"
             else:
                 allowed.append(group)

@@ -30,6 +30,8 @@ from slim.passes.prune.observed import Calibration, look, reached, slopes
 from slim.passes.prune.scores import Part, by_slot, parts_of, unreached
 
 Criterion = Literal["gram", "group-l2", "taylor", "bn", "random"]
+BLIND: frozenset[Criterion] = frozenset({"group-l2", "random"})
+"""Criteria that look at no image."""
 TINY = torch.finfo(torch.double).tiny
 
 
@@ -70,7 +72,7 @@ def ranked(
     Raises:
         PassError: there are no images and the criterion needs some; values that are not finite.
     """
-    if batches is None and criterion not in ("group-l2", "random"):
+    if batches is None and criterion not in BLIND:
         raise PassError(
             f"prune: criterion {criterion} looks at images and there are none; "
             "give data with a training split, or criterion group-l2"

@@ -8,14 +8,13 @@ from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from slim.contract import Progress, no_progress
 from slim.errors import PassError
 from slim.passes.calibrate import Layer, rows, thinned
 from slim.passes.repair import Spread
-from slim.passes.sensitivity import BATCH
+from slim.passes.sensitivity import BATCH, drawn_loss
 from slim.surgery import in_eval
 
 EVAL_BATCH = 32
@@ -153,11 +152,7 @@ def slopes(model: nn.Module, spots: Sequence[Spot], given: Calibration) -> dict[
         for images in given.cut(BATCH):
             count = len(images)
             shown = images.clone().requires_grad_(True)
-            logits = model(shown).float()
-            if not logits.isfinite().all():
-                raise PassError("prune: the network's output is not finite; check weights and images")
-            drawn = torch.multinomial(logits.detach().softmax(1).cpu(), 1, generator=generator)[:, 0]
-            torch.autograd.grad(F.cross_entropy(logits, drawn.to(logits.device), reduction="sum"), shown)
+            torch.autograd.grad(drawn_loss(model(shown), generator, "prune"), shown)
             for spot, unit in sums.items():
                 here = unit.square().sum(0).cpu()
                 squares[spot] = squares[spot] + here if spot in squares else here

@@ -10,23 +10,20 @@ import copy
 import itertools
 import math
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import nn
 
 from slim import costs, surgery
 from slim.contract import Meter
 from slim.goal import Goal
+from slim.passes.layers import Calls, calls_of
 from slim.passes.prune.groups import Group
 
 Layer = nn.Linear | nn.Conv2d
-Calls = Sequence[tuple[tuple[int, ...], tuple[int, ...]]]
-"""Shapes of the input and the output of every call of a layer for one image."""
 
 GRID = (1.0, 0.75, 0.5, 0.25, 0.0)
 """Shares of the way from all to the fewest units at which a layer is timed, for its inputs and for its outputs."""
@@ -133,7 +130,7 @@ def prices(
         for name, module in model.named_modules()
         if isinstance(module, Layer) and f"{name}.weight" in sides
     }
-    calls = _calls(model, [*layers], size)
+    calls = calls_of(model, layers, size)
     if goal.timed:
         assert meter is not None  # the caller's: a goal in milliseconds needs a target
         return _timed(model, layers, calls, fewest, [group.units for group in groups], meter)
@@ -163,21 +160,6 @@ def _sides(model: nn.Module, groups: Sequence[Group]) -> dict[str, tuple[Side, .
         for key, dims in found.items()
         if key in state
     }
-
-
-def _calls(model: nn.Module, names: Sequence[str], size: tuple[int, int, int]) -> dict[str, Calls]:
-    """Every call of the layers; none of one whose weight is read by another."""
-    seen: dict[str, list[tuple[tuple[int, ...], tuple[int, ...]]]] = {name: [] for name in names}
-
-    def look(name: str, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        seen[name].append((tuple(inputs[0].shape), tuple(output.shape)))
-
-    with ExitStack() as hooks, surgery.in_eval(model):
-        for name in names:
-            layer = model.get_submodule(name)
-            hooks.enter_context(layer.register_forward_hook(lambda _m, i, o, name=name: look(name, i, o)))
-        model(torch.zeros(1, *size))
-    return {name: tuple(calls) for name, calls in seen.items()}
 
 
 def _positions(model: nn.Module, name: str, calls: Calls) -> float:

@@ -22,7 +22,8 @@ from slim.distributed import is_main
 from slim.errors import PassError
 from slim.goal import parse_goal
 from slim.passes import calibration, repair
-from slim.passes.prune.choose import BLIND, Chooser, Choosing, apply, numbers
+from slim.passes.prune.choose import Chooser, Choosing, apply, numbers
+from slim.passes.prune.criteria import BLIND
 from slim.passes.prune.fold import fold_means
 
 SPARSIFIED = "sparsified"
