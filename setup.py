@@ -3,7 +3,7 @@
 from setuptools import setup
 
 PARTS = ("passes", "export", "bench")  # real folders at the root, imported as slim.<part>
-FOLDERS = ("passes.distill", "passes.low_rank", "passes.prune")  # methods that outgrew one file
+FOLDERS = ("passes.distill", "passes.elastic", "passes.low_rank", "passes.prune")  # methods that outgrew one file
 
 setup(
     packages=["slim", *(f"slim.{part}" for part in PARTS), *(f"slim.{folder}" for folder in FOLDERS)],

@@ -67,6 +67,13 @@ def _sparsify(plan: Plan, layer: str) -> Sentence | None:
     return Sentence(f"trained towards {', '.join(cut)}", False) if cut else None
 
 
+def _subnet(plan: Plan, layer: str) -> Sentence | None:
+    if any(layer.startswith(f"{block}.") for block in plan["skipped"]):
+        return Sentence("its block is left out", True)
+    cut = [text for text, changes in _widths(plan, layer) if changes]
+    return Sentence(", ".join(cut), True) if cut else None
+
+
 def _widths(plan: Plan, layer: str) -> list[Sentence]:
     """What becomes of a layer's outputs and inputs, for each group of channels that it makes or reads."""
     found = []
@@ -81,9 +88,19 @@ def _widths(plan: Plan, layer: str) -> list[Sentence]:
                 before, after = before // group["unit"], after // group["unit"]
                 what = "heads" if group["kind"] == "heads" else "dims of a head"
             cut = after < before
-            lost = f" ({_lost(group['lost'])})" if side == "makes" else ""
+            lost = f" ({_lost(group['lost'])})" if side == "makes" and "lost" in group else ""
             found.append(Sentence(f"{before} -> {after} {what}{lost}" if cut else f"all {before} {what} stay", cut))
     return found
+
+
+def _elastic(plan: Plan, layer: str) -> Sentence | None:
+    for dim in plan["dims"].values():
+        if layer in dim["layers"]["makes"]:
+            heads = dim["kind"] == "heads"
+            widths = [count if heads else count * dim["unit"] for count in dim["choices"]]
+            return Sentence(f"{', '.join(map(str, widths))} {'heads' if heads else 'outputs'} to choose from", False)
+    reasons = (reason for name, reason in plan["left"].items() if name.partition(":")[0] == layer)
+    return next((Sentence(f"left, {reason}", False) for reason in reasons), None)
 
 
 def _merge(plan: Plan, layer: str) -> Sentence | None:
@@ -117,10 +134,12 @@ def _lost(share: float) -> str:
 
 
 SENTENCES: dict[str, Callable[[Plan, str], Sentence | None]] = {
+    "elastic": _elastic,
     "low-rank": _low_rank,
     "mask": _mask,
     "merge": _merge,
     "prune": _prune,
     "sparsify": _sparsify,
+    "subnet": _subnet,
 }
 """Pass -> what its plan says of a layer."""

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 
 PASSES: dict[str, tuple[str, str, str]] = {
     "distill": ("slim.passes.distill", "Distill", "Learn from a teacher, without labels."),
+    "elastic": ("slim.passes.elastic", "Elastic", "Train a network together with its subnets."),
     "finetune": ("slim.passes.finetune", "Finetune", "Train every value on labelled images."),
     "low-rank": ("slim.passes.low_rank", "LowRank", "Write layers as two thinner ones, with ranks for a budget."),
     "mask": ("slim.passes.mask", "Mask", "Set two of four weights to zero; pays on sparse kernels alone."),
@@ -22,6 +23,7 @@ PASSES: dict[str, tuple[str, str, str]] = {
     ),
     "prune": ("slim.passes.prune", "Prune", "Cut channels, hidden units and attention heads out, for a budget."),
     "sparsify": ("slim.passes.sparsify", "Sparsify", "Train the channels that prune will cut towards zero."),
+    "subnet": ("slim.passes.elastic", "BestSubnet", "Cut the best subnet for a budget out of an elastic one."),
 }
 """Word -> (module, class, one line of help). A literal, so that `slim --help` imports no pass."""
 

@@ -84,6 +84,22 @@ class Data:
             digest.update(lines.encode(errors="surrogateescape"))
         return digest.hexdigest()
 
+    def apart(self, count: int, seed: int) -> Data:
+        """The same data with the first `count` images of train, in hash order, in a split `held` instead.
+
+        Raises:
+            DataError: there is no train, or nothing would be left of it.
+        """
+        train = self.split("train")
+        if count >= len(train):
+            raise DataError(
+                f"data {self.source}: {count} images held out of {len(train)} for training leave none; hold fewer out"
+            )
+        order = train.hash_order(seed)
+        parts = {"train": train.take(order[count:]), "held": train.take(order[:count])}
+        unmapped = self.unmapped and self.unmapped.apart(count, seed)
+        return dataclasses.replace(self, splits={**self.splits, **parts}, unmapped=unmapped)
+
     def unreadable(self, split: str) -> int:
         """How many images of the split were skipped so far because they cannot be read."""
         return len(self.split(split).unreadable)

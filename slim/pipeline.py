@@ -119,7 +119,9 @@ class Pipeline:
                     )
         for position, step in enumerate(self.passes, 1):
             after = self.passes[position] if position < len(self.passes) else None
-            if step.role == "prepare" and (after is None or after.role == "repair"):
+            # A family may be cut later, so what gives one may be the last.
+            open_end = after is None and "supernet" in step.gives
+            if step.role == "prepare" and not open_end and (after is None or after.role == "repair"):
                 what = f"step {position + 1} {after.name!r} follows, which is none" if after else "none follows"
                 raise OrderError(
                     f"step {position} {step.name!r} prepares a structural pass, but {what}; put one right after it"

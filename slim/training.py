@@ -27,7 +27,9 @@ from slim.errors import DivergedError, PassError, StoreError
 Objective = Callable[[nn.Module, Batch], Mapping[str, Tensor]]
 """`objective(model, batch)` -> named losses, scalars, each the mean over B; their sum is what is trained on. Where it
 is a module, its parameters are trained along with the network's, and left behind. Where it has `leaves_unused` and that
-is true, processes do not wait for gradients of every value. Where it has `after_step`, that is called with the share of
+is true, processes do not wait for gradients of every value. Where it has `before_step`, that is called with the steps
+already done and all steps there will be, before each step's forward pass: what it draws by step, or raises with the
+steps, goes on from a checkpoint as if nothing had happened. Where it has `after_step`, that is called with the share of
 steps done, in (0, 1], once the optimiser has moved the values: the place for proximal steps. Where it has `undecayed`,
 the parameters named there have no weight decay."""
 
@@ -199,6 +201,7 @@ class _State:
         from timm.utils import ModelEmaV3
 
         self.model, self.training, self.total, self.batch, self.context = model, training, total, batch, context
+        self._before_step: Callable[[int, int], None] | None = getattr(objective, "before_step", None)
         self._after_step: Callable[[float], None] | None = getattr(objective, "after_step", None)
         distributed.join()
         unused = bool(getattr(objective, "leaves_unused", False))
@@ -251,6 +254,8 @@ class _State:
         _seed(device, self.context.seed * 1_000_003 + self.step * 64 + distributed.rank())
         self.schedule.step_update(self.step)
         self.optimizer.zero_grad()
+        if self._before_step is not None:
+            self._before_step(self.step, self.total)
         with torch.autocast(device.type, torch.bfloat16, enabled=self.precision == "bf16"):
             images = batch.images.to(device, non_blocking=True, memory_format=torch.channels_last)
             target = batch.target.to(device, non_blocking=True)

@@ -53,6 +53,25 @@ VALUES: dict[str, dict[str, Any]] = {
         "cache_mass": 0.99,
         "cache_check": 0,
     },
+    "elastic": {
+        **TRAINING,
+        "widths": (1.0, 0.5),
+        "depth": 0.75,
+        "heads": "none",
+        "align": 16,
+        "floor": 16,
+        "skip": ("stages.0.*",),
+        "criterion": "gram",
+        "method": "ends",
+        "nets": 3,
+        "ramp": 0.0,
+        "divergence": "alpha",
+        "temperature": 4.0,
+        "label_weight": 0.0,
+        "guard": 1.0,
+        "images": "all",
+        "held_out": 100,
+    },
     "finetune": TRAINING,
     "low-rank": {
         "to": "0.7x-latency",
@@ -80,6 +99,14 @@ VALUES: dict[str, dict[str, Any]] = {
     },
     "merge": {"fold_norms": False, "fold_scales": False, "pairs": False},
     "prune": {**CHOOSING, "to": "0.6x-latency", "ratio": 0.5, "repair": "norms", "memory_gb": 0.5},
+    "subnet": {
+        "to": "0.5x-macs",
+        "evaluations": 20,
+        "proposals": 100,
+        "repair": "both",
+        "storage": "sqlite:///search.db",
+        "table": "runs/table.json",
+    },
     "sparsify": {
         **{name: value for name, value in TRAINING.items() if name != "ema"},
         **CHOOSING,
@@ -99,6 +126,7 @@ ALONG = {
     ("low-rank", "select"): {"to": "0.5x-params"},
     ("mask", "share"): {"pattern": "unstructured"},
     **{("prune", name): {"ratio": 0.5} for name in (*CHOOSING, "repair", "memory_gb")},
+    **{("subnet", name): {"to": "0.5x-macs"} for name in VALUES["subnet"] if name != "to"},
     **{("sparsify", name): {"to": "0.5x-macs"} for name in VALUES["sparsify"] if name != "to"},
 }
 """What a value needs beside it to make sense."""

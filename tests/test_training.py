@@ -82,6 +82,18 @@ class At:
         return {"label": self.loss(usual["label"])} if self.calls == self.step else usual
 
 
+class Counted(At):
+    """Is told the steps done and all steps, before each."""
+
+    def __init__(self, step: int, loss: Any) -> None:
+        super().__init__(step, loss)
+        self.told: list[tuple[int, int]] = []
+
+    def before_step(self, step: int, total: int) -> None:
+        assert self.calls == len(self.told), "not before the forward pass"
+        self.told.append((step, total))
+
+
 def interrupt(loss: Tensor) -> Tensor:
     raise KeyboardInterrupt
 
@@ -127,6 +139,20 @@ def test_a_checkpoint_within_an_epoch_is_taken_up_there(
         again, _ = trained(digits, checkpoint=place)
     assert "training goes on from step 3 of 12" in caplog.text
     assert state_digest(again.state_dict()) == state_digest(whole.state_dict())
+
+
+def test_an_objective_is_told_the_step_before_each_forward_pass_and_after_a_kill_the_right_one(
+    digits: Data, tmp_path: Path
+) -> None:
+    whole, total = Counted(-1, interrupt), 3 * STEPS
+    trained(digits, objective=whole)
+    assert whole.told == [(step, total) for step in range(total)]
+    place = tmp_path / "checkpoint"
+    with pytest.raises(KeyboardInterrupt):
+        trained(digits, objective=Counted(STEPS + 2, interrupt), checkpoint=place)
+    again = Counted(-1, interrupt)
+    trained(digits, objective=again, checkpoint=place)
+    assert again.told == [(step, total) for step in range(STEPS, total)]
 
 
 RECIPE = """\

@@ -54,6 +54,29 @@ def test_every_sentence_belongs_to_a_pass() -> None:
     assert SENTENCES.keys() <= PASSES.keys()
 
 
+def test_elastic_tells_what_there_is_to_choose_from_and_what_it_left() -> None:
+    layers = {"makes": ["fc1"], "reads": ["fc2"]}
+    dims = {
+        "fc1": {"kind": "channels", "unit": 2, "choices": [32, 16], "layers": layers},
+        "attn.qkv:heads": {"kind": "heads", "unit": 16, "choices": [3, 2], "layers": {"makes": ["attn.qkv"]}},
+    }
+    plan = {"dims": dims, "left": {"stem": "classifier"}}
+    assert told("elastic", plan, "fc1") == ("64, 32 outputs to choose from", False)
+    assert told("elastic", plan, "attn.qkv") == ("3, 2 heads to choose from", False)
+    assert told("elastic", plan, "stem") == ("left, classifier", False)
+    assert told("elastic", plan, "fc2") is None
+
+
+def test_subnet_tells_widths_and_blocks_that_are_left_out() -> None:
+    given = group(["a"], ["b"], 64, 32)
+    del given["lost"]
+    plan = {"groups": {"a": given}, "skipped": ["layer1.1"]}
+    assert told("subnet", plan, "a") == ("64 -> 32 outputs", True)
+    assert told("subnet", plan, "b") == ("64 -> 32 inputs", True)
+    assert told("subnet", plan, "layer1.1.conv2") == ("its block is left out", True)
+    assert told("subnet", plan, "layer1.10.conv2") is None
+
+
 def test_prune_tells_outputs_and_inputs_heads_and_what_it_left() -> None:
     plan = {
         "groups": {

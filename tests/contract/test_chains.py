@@ -16,6 +16,7 @@ from slim.data import Data, open_data
 from slim.errors import OrderError, StoreError
 from slim.passes import PASSES, resolve
 from slim.passes.distill import Distill
+from slim.passes.elastic import BestSubnet, Elastic
 from slim.passes.finetune import Finetune
 from slim.passes.low_rank import LowRank
 from slim.passes.mask import Mask
@@ -31,6 +32,7 @@ GOLDEN = Path(__file__).with_name("golden")
 def small(name: str, network: str) -> Pass:
     """A pass by its name, set so that it finds work in the zoo's networks."""
     known: dict[str, Pass] = {
+        "elastic": Elastic(epochs=1, widths=(0.5,), align=2, floor=2, held_out=8, flip=0.0, precision="fp32"),
         "finetune": Finetune(epochs=1, lr=1e-3, mixup=0.2, precision="fp32"),
         "distill": Distill(epochs=1, lr=1e-3, precision="fp32"),
         "low-rank": LowRank(ratio=0.5, align=2, min_width=WIDE),
@@ -39,6 +41,7 @@ def small(name: str, network: str) -> Pass:
         "merge": Merge(),
         "prune": Prune(ratio=0.5, align=2, floor=2),
         "prune of targets": Prune(to="sparsified"),
+        "subnet": BestSubnet(to="0.9x-macs", evaluations=2, proposals=20),
         "sparsify": Sparsify(to="0.7x-macs", align=2, floor=2, epochs=1, lr=1e-3, flip=0.0, precision="fp32"),
     }
     return known[name]
@@ -49,6 +52,7 @@ CHAINS = [
     ("low-rank of some", "low-rank"),
     ("low-rank", "distill"),
     ("merge", "low-rank"),
+    ("elastic", "subnet", "finetune"),
     ("prune", "mask", "finetune"),
     ("sparsify", "prune of targets", "low-rank"),
 ]
@@ -96,7 +100,7 @@ def test_a_chain_loads_again_bit_exact(
     assert outputs[-1] == after.digest
     factored = any(step.name == "low-rank" for step in steps)
     assert store.traits(loaded) == (frozenset({"float"}) if factored else frozenset({"dense", "float"}))
-    smaller = factored or any(step.name == "prune" for step in steps)
+    smaller = factored or any(step.name in ("prune", "subnet") for step in steps)
     assert (costs.count(after.model(), SIZE)["macs"] < macs) == smaller
     assert logits(after, images).shape == (4, CLASSES)
     assert not torch.equal(logits(after, images), logits(start, images))

@@ -1,0 +1,83 @@
+"""Which subnets a training step takes besides the largest, from (space, seed, step) alone.
+
+The sandwich rule takes the smallest and some at random (Yu and Huang 2019, arXiv:1903.05134; BigNAS, arXiv:2003.11142);
+the ladder takes one network of a grid of widths and depths at a time, small ones more often (POA, arXiv:2408.01031).
+Every process and every resumed run draws the same.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from slim.passes.elastic.space import Space, Subnet
+
+HEAVIER = 3.0
+"""How much more often the ladder takes the narrowest than the widest, and the shallowest than the deepest; POA's."""
+
+
+def sandwich(space: Space, seed: int, step: int, count: int) -> list[Subnet]:
+    """The smallest and `count` - 2 drawn at random: with the largest, `count` networks a step, at least 2."""
+    generator = _generator(seed, step)
+    return [*ends(space, seed, step), *(at_random(space, generator) for _ in range(count - 2))]
+
+
+def ends(space: Space, seed: int, step: int) -> list[Subnet]:
+    """The smallest alone, at every step: nothing is drawn."""
+    return [space.canonical(space.smallest)]
+
+
+def ladder(space: Space, seed: int, step: int) -> list[Subnet]:
+    """One of the rungs. Each comes as often as it should before any comes again, in an order of its own each time."""
+    rungs = [subnet for subnet, times in rungs_of(space).items() for _ in range(times)]
+    cycle, place = divmod(step, len(rungs))
+    order = torch.randperm(len(rungs), generator=_generator(seed, cycle))
+    return [rungs[int(order[place])]]
+
+
+def at_random(space: Space, generator: torch.Generator) -> Subnet:
+    """Each width any of its choices alike; of each stage 1 block left out on average, or less where less is allowed.
+
+    Any number from none to all that may go is possible, and any blocks of a stage are as likely as others.
+    """
+    units = tuple(dim.choices[int(torch.randint(len(dim.choices), (), generator=generator))] for dim in space.dims)
+    on = [True] * len(space.blocks)
+    for stage, fewest in enumerate(space.fewest):
+        places = [number for number, block in enumerate(space.blocks) if block.stage == stage]
+        most = len(places) - fewest
+        gone = int((torch.rand(most, generator=generator) < min(0.5, 1 / max(most, 1))).sum())
+        for place in torch.randperm(len(places), generator=generator)[:gone].tolist():
+            on[places[place]] = False
+    return space.canonical(Subnet(units, tuple(on)))
+
+
+def rungs_of(space: Space) -> dict[Subnet, int]:
+    """The grid of uniform widths and depths without the largest, smallest first, and how often a cycle takes each.
+
+    A rung has all widths at the same place of their choices, and all stages at the same place between their fewest
+    blocks and all; those that stay lie evenly. The largest would come once in a cycle; it is trained in every step.
+    """
+    widths = max((len(dim.choices) for dim in space.dims), default=1)
+    counts = [sum(block.stage == stage for block in space.blocks) for stage in range(len(space.fewest))]
+    depths = 1 + max((count - fewest for count, fewest in zip(counts, space.fewest, strict=True)), default=0)
+    found: dict[Subnet, int] = {}
+    for width in _places(widths):
+        units = tuple(dim.choices[round((1 - width) * (len(dim.choices) - 1))] for dim in space.dims)
+        for depth in _places(depths):
+            stay = [
+                fewest + round(depth * (count - fewest)) for count, fewest in zip(counts, space.fewest, strict=True)
+            ]
+            subnet = space.canonical(Subnet(units, space.ladder(stay)))
+            times = round((HEAVIER - (HEAVIER - 1) * width) * (HEAVIER - (HEAVIER - 1) * depth))
+            # Without any block the width is none either: the same network at every width.
+            found.setdefault(subnet, times)
+    found.pop(space.largest)
+    return found
+
+
+def _places(count: int) -> list[float]:
+    """So many places evenly from 0, the smallest, to 1; a single one is the largest."""
+    return [place / (count - 1) for place in range(count)] if count > 1 else [1.0]
+
+
+def _generator(seed: int, number: int) -> torch.Generator:
+    return torch.Generator().manual_seed((seed * 1_000_003 + number) % 2**63)
