@@ -72,8 +72,8 @@ def resnet() -> dict[str, Arm]:
     found = {"dense": Arm(()), "dense-trained": Arm((longer,))}
     for to, scope, seeds in (
         ("0.333x-macs", "all", (0, 1, 2)),
-        ("0.5x-macs", "internal", (0,)),
-        ("0.5x-latency", "internal", (0,)),
+        ("0.5x-macs", "internal", (0, 1, 2)),
+        ("0.5x-latency", "internal", (0, 1, 2)),
     ):
         name, choice = to.replace("x-", "-"), {"to": to, "scope": scope}
         cut = (Sparsify(**choice, epochs=sparse, **rate), Prune(to="sparsified"))
@@ -83,7 +83,7 @@ def resnet() -> dict[str, Arm]:
         share = float(to.partition("x")[0]) if to.endswith("macs") else 0.0
         found[f"{GROUP_NORM_PRUNER}-{name}"] = Arm((Finetune(epochs=rest, **rate),), seeds, share)
         recover = Distill(epochs=sparse + rest, label_weight=1.0, **rate)
-        found[f"pruned-recovered-{name}"] = Arm((Prune(**choice), recover))
+        found[f"pruned-recovered-{name}"] = Arm((Prune(**choice), recover), seeds)
     return found
 
 
