@@ -128,7 +128,7 @@ def of(given: Artifact, source: str) -> Family:
     context = Context(data=open_data(source, limit_train=1200), backbone=given.backbone)
     made_elastic = Elastic(epochs=0, criterion="group-l2", held_out=600)(given, context)
     context = Context(data=context.data, backbone=given.backbone, history=made_elastic.history)
-    return Family.of(made_elastic.model(), context, "norms")
+    return Family.of(made_elastic.model(), context, repair="norms")
 
 
 def searching() -> dict[str, Any]:
@@ -137,11 +137,11 @@ def searching() -> dict[str, Any]:
     with on_target(dense, data, batch_size=128) as (_, context):
         after = Elastic(epochs=0)(dense, context)
         context = Context(data=data, backbone=dense.backbone, history=after.history)
-        family = Family.of(after.model(), context, "norms")
-        cost, _ = family.costs(parse_goal("0.5x-macs"), None)
-        limit = 0.5 * cost(family.space.largest)
+        family = Family.of(after.model(), context, repair="norms")
+        goal = parse_goal("0.5x-macs")
+        cost, _ = family.costs(goal, None)
         started = time.perf_counter()
-        front = family.search(cost, [limit], study="cost", storage=None, evaluations=150, proposals=2000)
+        front = family.search(cost, [goal], storage=None, evaluations=150, proposals=2000)
         seconds = time.perf_counter() - started
     return {
         "seconds": round(seconds, 1),
@@ -161,7 +161,7 @@ def latency_model() -> dict[str, Any]:
         after = Elastic(epochs=0, criterion="group-l2", held_out=8)(given, Context(data=open_data("digits")))
         with on_target(after, open_data("digits"), batch_size=1) as (meter, context):
             family = Family.of(
-                after.model(), Context(data=context.data, backbone=backbone, history=after.history), "none"
+                after.model(), Context(data=context.data, backbone=backbone, history=after.history), repair="none"
             )
             started = time.perf_counter()
             model = family.measured(meter)

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from slim.store import load as load
     from slim.store import save as save
 
-__version__ = "0.4.0"
+__version__ = "0.5.0"
 
 _PUBLIC = {
     "Artifact": "slim.artifact",

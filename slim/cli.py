@@ -101,18 +101,52 @@ def shared(command: Callable[..., Any]) -> Callable[..., Any]:
     return click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")(command)
 
 
-def fed(command: Callable[..., Any]) -> Callable[..., Any]:
-    """How images become the network's input; each overrides what is known of the network."""
-    for option in (
-        click.option("--interpolation", metavar="NAME", help="nearest, bilinear or bicubic: how images are resized."),
-        click.option("--crop", type=float, metavar="SHARE", help="What the centre crop keeps of the resized image."),
-        click.option("--std", metavar="R,G,B", help="What values in [0, 1] are divided by, after --mean."),
-        click.option("--mean", metavar="R,G,B", help="What is subtracted from values in [0, 1]."),
-        click.option("--input-size", metavar="PIXELS|C,H,W", help="Size of the network's input."),
-    ):
-        command = option(command)
-    return command
+def together(*options: Callable[..., Any]) -> Callable[..., Any]:
+    """Options that several commands have, in this order."""
 
+    def decorate(command: Callable[..., Any]) -> Callable[..., Any]:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return decorate
+
+
+fed = together(
+    click.option("--input-size", metavar="PIXELS|C,H,W", help="Size of the network's input."),
+    click.option("--mean", metavar="R,G,B", help="What is subtracted from values in [0, 1]."),
+    click.option("--std", metavar="R,G,B", help="What values in [0, 1] are divided by, after --mean."),
+    click.option("--crop", type=float, metavar="SHARE", help="What the centre crop keeps of the resized image."),
+    click.option("--interpolation", metavar="NAME", help="nearest, bilinear or bicubic: how images are resized."),
+)
+"""How images become the network's input; each overrides what is known of the network."""
+
+loaded = together(
+    click.option("--data", metavar="SOURCE", help="digits, folder:/path, tar:/path or torchvision:NAME@/path."),
+    click.option("--split", metavar="train=0.8,val=0.2", help="Cuts class folders that have no train and val."),
+    click.option("--unlabeled", metavar="FOLDER|LIST", help="Plain images, or what select-unlabeled chose of them."),
+    click.option("--calib", type=int, metavar="N", help="Training images set aside for calibration."),
+    click.option("--batch-size", type=int, metavar="N", help="Images of one optimiser step, over all processes."),
+    click.option("--workers", type=int, metavar="N", help="Reader processes."),
+    click.option("--limit-train", type=int, metavar="N", help="Use only so many training images."),
+    click.option("--limit-val", type=int, metavar="N", help="Use only so many validation images."),
+)
+"""Which images, and how they are read."""
+
+measured = together(
+    click.option("--target", metavar="RUNTIME[:DEVICE][,threads=N,batch=N]", help="Where it will be served: ort:cpu."),
+    click.option("--device", metavar="DEVICE", help="Where training computes: auto, cpu or cuda."),
+    click.option("--threads", type=int, metavar="N", help="CPU threads of torch; the target has threads of its own."),
+    click.option("--seed", type=int, metavar="N", help="Every random number comes from it."),
+)
+"""Where things are measured and computed."""
+
+guarded = together(
+    click.option("--max-drop", type=float, metavar="POINTS", help="Largest loss of top-1 in one stage."),
+    click.option("--min-gain", type=float, metavar="PERCENT", help="Least latency a structural pass must save."),
+    click.option("--no-guard", is_flag=True, help="Keep every stage whatever it costs."),
+)
+"""What a stage must give and may cost."""
 
 TRUST = click.option("--trust", is_flag=True, help="Import a package.module:factory model: runs that code.")
 
@@ -136,21 +170,9 @@ TRUST = click.option("--trust", is_flag=True, help="Import a package.module:fact
 )
 @click.option("--weights", metavar="WHICH", help="pretrained (the default), none, or a .safetensors file.")
 @fed
-@click.option("--data", metavar="SOURCE", help="digits, folder:/path, tar:/path or torchvision:NAME@/path.")
-@click.option("--split", metavar="train=0.8,val=0.2", help="Cuts class folders that have no train and val.")
-@click.option("--unlabeled", metavar="FOLDER|LIST", help="Plain images, or what select-unlabeled chose of them.")
-@click.option("--calib", type=int, metavar="N", help="Training images set aside for calibration.")
-@click.option("--batch-size", type=int, metavar="N", help="Images of one optimiser step, over all processes.")
-@click.option("--workers", type=int, metavar="N", help="Reader processes.")
-@click.option("--limit-train", type=int, metavar="N", help="Use only so many training images.")
-@click.option("--limit-val", type=int, metavar="N", help="Use only so many validation images.")
-@click.option("--target", metavar="RUNTIME[:DEVICE][,threads=N,batch=N]", help="Where it will be served: ort:cpu.")
-@click.option("--device", metavar="DEVICE", help="Where training computes: auto, cpu or cuda.")
-@click.option("--threads", type=int, metavar="N", help="CPU threads of torch; the target has threads of its own.")
-@click.option("--seed", type=int, metavar="N", help="Every random number comes from it.")
-@click.option("--max-drop", type=float, metavar="POINTS", help="Largest loss of top-1 in one stage.")
-@click.option("--min-gain", type=float, metavar="PERCENT", help="Least latency a structural pass must save.")
-@click.option("--no-guard", is_flag=True, help="Keep every stage whatever it costs.")
+@loaded
+@measured
+@guarded
 @click.option("--require-gain", is_flag=True, help="End with 1 when every structural stage was rolled back.")
 @click.option("--out", metavar="FOLDER", type=click.Path(path_type=Path), help="Folder of the run.")
 @click.option("--resume", is_flag=True, help="Go on with the run in --out.")
@@ -340,6 +362,57 @@ def gate(run_folder: Path, budgets: Path, **options: Any) -> None:
     sys.exit(commands.gate(run_folder, budgets, **options))
 
 
+@cli.group("table", cls=Suggesting)
+def table() -> None:
+    """Latency of the subnets of an elastic network."""
+
+
+@table.command("build")
+@click.argument("folder", metavar="RUN|ARTIFACT", type=click.Path(path_type=Path))
+@click.option("--target", metavar="TARGET", help="Default: the run's, else ort:cpu.")
+@click.option("--out", metavar="FILE", type=click.Path(path_type=Path), help="Default: table.json in the folder.")
+@click.option("--seed", type=int, metavar="N", help="Of the subnets that are measured. [default: the run's]")
+@click.option("--again", is_flag=True, help="Measure again what the table holds.")
+@TRUST
+@shared
+def build_table(folder: Path, out: Path | None, **options: Any) -> None:
+    """Measure subnets of an elastic network on this machine.
+
+    Some thirty whole subnets are exported and timed; for the others, latency is predicted from these. A table that was
+    interrupted is gone on with. `slim family` and the pass `subnet` take it as --table. No images are needed.
+    """
+    from slim import commands
+
+    commands.build_table(folder, out or folder / "table.json", **options)
+
+
+@cli.command(short_help="Cut a network for each of several budgets out of an elastic one.", epilog=EXIT_CODES)
+@click.argument("folder", metavar="RUN|ARTIFACT", type=click.Path(path_type=Path))
+@click.option("--to", metavar="BUDGET,...", required=True, help="2ms,4ms,8ms or 0.5x-macs,0.25x-macs: of one kind.")
+@loaded
+@measured
+@guarded
+@click.option("--evaluations", type=int, metavar="N", help="Subnets evaluated, for all budgets. [default: 150]")
+@click.option("--proposals", type=int, metavar="N", help="Proposed and ranked for each evaluation. [default: 2000]")
+@click.option("--repair", metavar="HOW", help="norms, outputs, both or none; see `slim run subnet --help`.")
+@click.option("--storage", metavar="URL", help="Where the search is kept. [default: search.db in --out]")
+@click.option("--table", metavar="FILE", type=click.Path(path_type=Path), help="Latencies; measured where missing.")
+@click.option("--polish", type=int, metavar="EPOCHS", default=0, help="Distill each from the elastic network.")
+@click.option("--out", metavar="FOLDER", required=True, type=click.Path(path_type=Path), help="A run for each budget.")
+@click.option("--resume", is_flag=True, help="Go on with the family in --out.")
+@TRUST
+@shared
+def family(folder: Path, **options: Any) -> None:
+    """Cut a network for each of several budgets out of an elastic one.
+
+    One search serves all budgets; each network then goes through the guard, is exported and measured as in `slim run`,
+    into a folder of its own. Images, target and seed are the run's unless others are given.
+    """
+    from slim import commands
+
+    sys.exit(commands.family(folder, **options))
+
+
 @cli.command("select-unlabeled", short_help="Choose plain images worth showing to a student.")
 @click.option("--pool", metavar="FOLDER", required=True, type=click.Path(path_type=Path), help="Plain images.")
 @click.option("--teacher", metavar="RUN|ARTIFACT|NAME", required=True, help="Judges the images; NAME is one of timm's.")
@@ -417,7 +490,7 @@ def main(args: list[str] | None = None) -> None:
         error.show()
         code = error.exit_code
     except (KeyboardInterrupt, click.Abort):
-        click.echo("Error: interrupted; what was finished is whole, and `slim run` goes on with --resume", err=True)
+        click.echo("Error: interrupted; what was finished is whole, and --resume goes on with it", err=True)
         code = EXIT_INTERRUPTED
     except SlimError as error:
         # One line, also where a library's own words in it had several.

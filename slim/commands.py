@@ -16,13 +16,13 @@ from pathlib import Path
 from typing import Any
 
 import click
-from pydantic import ValidationError
 from rich.markdown import Markdown
 from rich.markup import escape
 from rich.table import Table
 
 from slim import console, environment, job, recipe, store
-from slim.artifact import Artifact, Preprocessing
+from slim import family as families
+from slim.artifact import Artifact
 from slim.bench import budget, latency, layers_chart, origin, wording
 from slim.bench import explain as layers_of
 from slim.bench import gate as gates
@@ -32,7 +32,7 @@ from slim.console import stdout
 from slim.contract import Progress, no_progress
 from slim.data import open_data
 from slim.distributed import is_main
-from slim.errors import MissingExtra, SlimError, StoreError, UsageError, did_you_mean
+from slim.errors import MissingExtra, SlimError, UsageError, did_you_mean
 from slim.export.bundle import write_bundle
 from slim.export.onnx import export_onnx, read_ports
 from slim.export.parity import parity
@@ -42,7 +42,8 @@ from slim.options import input_of
 from slim.passes import PASSES, resolve
 from slim.pool import is_list, write_list
 from slim.recipe import Recipe
-from slim.runs import Run, open_run
+from slim.runs import Run
+from slim.served import recipe_of, run_around, served
 
 
 def run(given: Recipe, options: Mapping[str, Any]) -> None:
@@ -134,7 +135,7 @@ def explain(folder: Path, out: Path, *, trust: bool, as_json: bool) -> None:
         raise UsageError(f"--out {out}: the picture is an .svg file; name it so")
     artifact, found = _artifact(folder, trust=trust)
     leading = tuple(takewhile(lambda step: resolve(step.name).role == "repair", artifact.history))
-    before = origin.before_compression(artifact, len(leading), found or _run_around(folder, trust=trust))
+    before = origin.before_compression(artifact, len(leading), found or run_around(folder, trust=trust))
     dense = before.model() if before else store.replay(artifact.backbone, leading, trust=trust)
     rows = layers_of.layers(artifact, dense, valued=before is not None)
     if not rows:
@@ -151,68 +152,12 @@ def explain(folder: Path, out: Path, *, trust: bool, as_json: bool) -> None:
     _say("picture", str(out))
 
 
-@dataclass(frozen=True)
-class Served:
-    """An exported file, and what it belongs to."""
-
-    path: Path
-    run: Run | None = None
-    """The run it lies in; none for a file that stands alone."""
-
-    @property
-    def target(self) -> str:
-        """The target of its run, or the default one."""
-        return (_recipe_of(self.run).target if self.run else None) or "ort:cpu"
-
-    def preprocessing(self, given: Mapping[str, Any]) -> Preprocessing:
-        """How it is fed: as its run or bundle says, overridden by what is `given`.
-
-        Raises:
-            UsageError: a file that stands alone, and `given` leaves something open.
-        """
-        known: dict[str, Any] = {}
-        beside = self.path.parent / "bundle.json"
-        if self.run:
-            known = self.run.artifact.backbone.input.model_dump()
-        elif beside.is_file():
-            known = _bundled_preprocessing(beside)
-        else:
-            known["size"] = read_ports(self.path)[0][0].shape[1:]
-            if missing := [f"--{name}" for name in ("mean", "std", "crop", "interpolation") if name not in given]:
-                raise UsageError(
-                    f"{self.path}: nothing beside it says how images become its input; give {' '.join(missing)}"
-                )
-        try:
-            return Preprocessing.model_validate({**known, **given})
-        except ValidationError as error:
-            raise UsageError(f"{self.path}: {recipe.explain(error, Preprocessing)}") from error
-
-
-def served(path: Path, *, trust: bool = False) -> Served:
-    """The file that a run or bundle serves, or the .onnx file itself.
-
-    Raises:
-        UsageError: neither a run, a bundle nor an .onnx file.
-    """
-    if path.suffix == ".onnx" and not path.is_dir():
-        if not path.is_file():
-            raise UsageError(f"{path}: no such file")
-        return Served(path, _run_around(path, trust=trust))
-    if (path / "bundle.json").is_file():
-        return served(path / "model.onnx", trust=trust)
-    found = open_run(path, trust=trust)
-    file = found.bundle / "model.onnx"
-    if not file.is_file():
-        raise UsageError(f"{path}: has no bundle; `slim export {path} --out {found.bundle}` writes it")
-    return Served(file, found)
-
-
 def evaluate(path: Path, *, as_json: bool, quiet: bool, trust: bool, **options: Any) -> None:
     """`slim eval`: accuracy of an exported file."""
     progress = _progress(quiet=quiet)
     file = served(path, trust=trust)
-    spec = _recipe_of(file.run).data if file.run else None
-    seed = _recipe_of(file.run).seed if file.run else 0
+    spec = recipe_of(file.run).data if file.run else None
+    seed = recipe_of(file.run).seed if file.run else 0
     if options["data"]:
         opened = open_data(options["data"], split=options["split"], seed=seed)
     elif spec is not None:  # the very images of the run's report
@@ -327,6 +272,50 @@ def select_unlabeled(
         name, count = min(short, key=lambda one: one[1])
         _say("short", f"{len(short)} classes have fewer, the fewest {name!r} with {count}")
     _say("list", str(out))
+
+
+def build_table(folder: Path, out: Path, *, again: bool, trust: bool, as_json: bool, quiet: bool, **given: Any) -> None:
+    """`slim table build`: latencies of whole subnets, and what is fitted to them."""
+    progress = _progress(quiet=quiet)
+    options = families.given_by(folder, given, ("target", "seed"))
+    if not out.parent.is_dir():
+        raise UsageError(f"--out {out}: there is no folder {out.parent}; make it")
+    known = options if options.target else options.model_copy(update={"target": "ort:cpu"})
+    found = families.prepared(known, folder, trust=trust)
+    before = out.read_bytes() if out.is_file() else None
+    model = families.table(found, out, again=again, progress=progress)
+    kept = out.read_bytes() == before and not again
+    if as_json:
+        click.echo(json.dumps({"table": str(out), "kept": kept, "said": str(model), **model.as_json()}))
+        return
+    low, high = (f(row.ms for row in model.rows) for f in (min, max))
+    _say("measured", f"{len(model.rows)} subnets on {model.origin.target}, {low:.4g} to {high:.4g} ms")
+    _say("error", str(model))
+    _say("table", f"{out}, finished before and kept; --again measures again" if kept else str(out))
+
+
+def family(
+    folder: Path, to: str, out: Path, *, resume: bool, trust: bool, as_json: bool, quiet: bool, **given: Any
+) -> int:
+    """`slim family`: the exit code of the budgets."""
+    progress, goals = _progress(quiet=quiet), families.goals_of(to)
+    options = families.given_by(folder, given, ("data", "target", "seed", "device", "threads"))
+    wishes = families.Wishes(
+        settings={name: given[name] for name in ("evaluations", "proposals", "repair")},
+        storage=given["storage"] or f"sqlite:///{out.absolute() / 'search.db'}",
+        table=(given["table"] or out / "table.json").absolute(),
+        polish=given["polish"],
+    )
+    found = families.prepared(options, folder, trust=trust)
+    result = families.cut(found, goals, wishes, out, resume=resume, progress=progress)
+    if is_main() and as_json:
+        click.echo((out / families.MANIFEST).read_text().rstrip())
+    elif is_main():
+        stdout.print(families.to_console(result.rows))
+        _say("runs", ", ".join(row.folder for row in result.rows if row.folder) or "none")
+        if result.front is not None:
+            _say("picture", str(out / "front.svg"))
+    return result.exit_code
 
 
 def doctor(*, as_json: bool) -> None:
@@ -457,27 +446,9 @@ def _artifact(folder: Path, *, trust: bool) -> tuple[Artifact, Run | None]:
     return found.artifact, found
 
 
-def _run_around(path: Path, *, trust: bool) -> Run | None:
-    """The run that a file or an artifact lies in: a step, what it ships, or its dense.onnx."""
-    roots = (parent for parent in path.absolute().parents[:2] if (parent / "recipe.yaml").is_file())
-    return next((Run(root, trust=trust) for root in roots), None)
-
-
 def _measured_before(found: Run | None) -> dict[str, Measurement]:
     """Figures of the run's report, where the same exporter writes the same file again, to the last byte."""
     if found is None or not (found.root / "report.json").is_file():
         return {}
     same = found.report.environment.get("versions") == environment.versions()
     return dict(found.report.final) if same else {}
-
-
-def _bundled_preprocessing(path: Path) -> dict[str, Any]:
-    try:
-        known = json.loads(path.read_bytes())["preprocessing"]
-        return {name: known[name] for name in Preprocessing.model_fields}
-    except (ValueError, KeyError, TypeError) as error:
-        raise StoreError(f"{path}: is not a bundle's description ({error!r}); write the bundle again") from error
-
-
-def _recipe_of(found: Run) -> Recipe:
-    return recipe.parse(recipe.read(found.recipe_path), place=str(found.recipe_path))

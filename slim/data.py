@@ -85,7 +85,9 @@ class Data:
         return digest.hexdigest()
 
     def apart(self, count: int, seed: int) -> Data:
-        """The same data with the first `count` images of train, in hash order, in a split `held` instead.
+        """The same data with the last `count` images of train, in hash order, in a split `held` instead.
+
+        The last, for the first are those of calibration.
 
         Raises:
             DataError: there is no train, or nothing would be left of it.
@@ -96,7 +98,7 @@ class Data:
                 f"data {self.source}: {count} images held out of {len(train)} for training leave none; hold fewer out"
             )
         order = train.hash_order(seed)
-        parts = {"train": train.take(order[count:]), "held": train.take(order[:count])}
+        parts = {"train": train.take(order[:-count]), "held": train.take(order[-count:])}
         unmapped = self.unmapped and self.unmapped.apart(count, seed)
         return dataclasses.replace(self, splits={**self.splits, **parts}, unmapped=unmapped)
 

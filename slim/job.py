@@ -91,14 +91,32 @@ def prepare(recipe: Recipe, *, trust: bool = False) -> Job:
     return replace(job, forecasts=tuple(pipeline.forecast(begin.artifact, context)))
 
 
-def execute(job: Job, out: Path, *, resume: bool = False, progress: Progress = no_progress) -> Run:
-    """Run the chain into the folder `out`; what was finished there is taken up with `resume`."""
+@contextmanager
+def metering(job: Job, progress: Progress = no_progress) -> Iterator[TargetMeter | None]:
+    """What measures on the job's target, with a folder for exported files; none where there is no target."""
+    with tempfile.TemporaryDirectory(prefix="slim-") as folder:
+        yield _meter(job, Path(folder), progress) if job.target else None
+
+
+def execute(
+    job: Job,
+    out: Path,
+    *,
+    resume: bool = False,
+    progress: Progress = no_progress,
+    meter: TargetMeter | None = None,
+) -> Run:
+    """Run the chain into the folder `out`; what was finished there is taken up with `resume`.
+
+    Several jobs on one target may share a `meter`: what one has measured, the next need not.
+    """
     recipe = job.recipe
     trust = job.start.artifact.trust
     run = on_main(lambda: Run.open(out, recipe.resolved(), resume=resume, trust=trust))
     with _threads(recipe.threads), tempfile.TemporaryDirectory(prefix="slim-") as folder:
         artifact = job.start.artifact
-        meter = _meter(job, Path(folder), progress) if job.target else None
+        if meter is None and job.target:
+            meter = _meter(job, Path(folder), progress)
         result = recipe.pipeline()(artifact, job.context(meter=meter, progress=progress), run)
         on_main(lambda: _finish(job, run, result, meter, Path(folder)))
     return run

@@ -50,7 +50,7 @@ def after_pass(
     model.eval()
     input_unchanged(pass_, *inputs)
     signature_kept(pass_, structure, model)
-    nothing_left_behind(pass_, model, may_hold_gates="supernet" in pass_.gives)
+    nothing_left_behind(pass_, model)
     result = Artifact.of(model, given.backbone, history=(*given.history, step), labels=given.labels, trust=given.trust)
     # The caller's generator is left as it was; within, a network that draws random numbers gets new ones every call.
     with torch.random.fork_rng(devices=[]):
@@ -141,11 +141,11 @@ def outputs_sound(pass_: Pass, model: nn.Module, given: Artifact) -> Tensor:
     return outputs
 
 
-def nothing_left_behind(pass_: Pass, model: nn.Module, *, may_hold_gates: bool = False) -> None:
-    """Invariant 6: no hooks, parametrizations or stray devices. A supernet may carry its gates."""
+def nothing_left_behind(pass_: Pass, model: nn.Module) -> None:
+    """Invariant 6: no hooks, parametrizations or stray devices."""
     for name, module in model.named_modules():
         place = repr(name) if name else "the network"
-        if not may_hold_gates and any(getattr(module, hooks) for hooks in _HOOKS):
+        if any(getattr(module, hooks) for hooks in _HOOKS):
             raise VerifyError(f"{pass_.name}: left a hook on {place}; remove it before fit returns")
         if parametrize.is_parametrized(module):
             raise VerifyError(f"{pass_.name}: left a parametrization on {place}; register and remove it within fit")

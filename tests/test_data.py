@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -50,6 +51,71 @@ def test_calib_is_the_first_of_train_in_hash_order() -> None:
     assert data.split("calib").labels == tuple(labels[name] for name in expected)
     assert open_data("digits", calib=40, seed=3).split("calib").names == tuple(expected)
     assert open_data("digits", calib=40, seed=4).split("calib").names != tuple(expected)
+
+
+def test_images_held_apart_are_the_last_in_hash_order_and_no_longer_in_train(digits: Data) -> None:
+    train, parts = digits.split("train"), digits.apart(100, 3)
+    held, rest = parts.split("held"), parts.split("train")
+    assert held.names == tuple(sorted(train.names, key=lambda name: hash_key(name, 3))[-100:])
+    # The first are those of calibration.
+    assert {*held.names}.isdisjoint(open_data("digits", calib=1197, seed=3).split("calib").names)
+    assert {*held.names, *rest.names} == {*train.names}
+    assert len(held) + len(rest) == len(train)
+    labels = dict(zip(train.names, train.labels, strict=True))
+    for part in (held, rest):
+        assert part.labels == tuple(labels[name] for name in part.names)
+    assert sum(len(labels) for _, labels in parts.eval_batches("held", SMALL, batch_size=64)) == 100
+    # The data that was given is as it was, and so is all else.
+    assert not digits.has("held")
+    assert parts.split("val") is digits.split("val")
+    assert parts.id == digits.id
+
+
+def test_the_same_images_are_held_apart_with_the_same_seed_and_others_with_another(digits: Data) -> None:
+    def held(count: int, seed: int) -> tuple[str, ...]:
+        return open_data("digits").apart(count, seed).split("held").names
+
+    assert held(100, 3) == digits.apart(100, 3).split("held").names
+    assert held(40, 3) == held(100, 3)[-40:]
+    assert held(100, 3) != held(100, 4)
+    # In which order the images come plays no part.
+    turned = replace(digits, splits={"train": digits.split("train").take(range(1296, -1, -1))})
+    assert turned.apart(100, 3).split("held").names == held(100, 3)
+
+
+@pytest.mark.parametrize("count", [1297, 5000])
+def test_holding_all_images_apart_leaves_nothing_to_train_on(count: int, digits: Data) -> None:
+    with pytest.raises(DataError) as caught:
+        digits.apart(count, 0)
+    assert str(caught.value) == (
+        f"data digits: {count} images held out of 1297 for training leave none; hold fewer out"
+    )
+    assert len(digits.apart(1296, 0).split("train")) == 1
+    with pytest.raises(DataError, match="no split 'train'; has val"):
+        replace(digits, splits={"val": digits.split("val")}).apart(1, 0)
+
+
+def test_what_is_trained_on_is_without_the_images_held_apart(digits: Data) -> None:
+    pooled = replace(digits, splits={**digits.splits, "unlabeled": digits.split("val")})
+    assert len(pooled.pool(("train", "unlabeled"))) == 1297 + 500  # kept by the data it was asked of
+    parts = pooled.apart(1000, 0)
+    assert parts.steps(27) == 11
+    assert len(parts.pool(("train", "unlabeled"))) == 297 + 500
+    names = {name.partition("/")[2] for name in parts.pool(("train", "unlabeled")).names}
+    assert names.isdisjoint(parts.split("held").names)
+
+
+def test_images_are_held_apart_before_labels_are_mapped_or_after(tmp_path: Path) -> None:
+    root = folder_of(tmp_path / "set", (imagenet_names()[1], imagenet_names()[999]), 4)
+    data = open_data(f"folder:{root}", split="train=1")
+    after, before = data.for_classes(1000).apart(3, 0), data.apart(3, 0).for_classes(1000)
+    for name in ("train", "held"):
+        assert after.split(name).names == before.split(name).names
+        assert after.split(name).labels == before.split(name).labels
+        # And with the labels of the folders again.
+        folders = after.for_classes(2).split(name)
+        assert folders.labels == data.apart(3, 0).split(name).labels
+        assert [(1, 999)[label] for label in folders.labels] == [*after.split(name).labels]
 
 
 def test_limits_take_the_first_in_hash_order_and_nest() -> None:

@@ -37,12 +37,13 @@ LOOKS_BACK = {
     "cli": {"passes"},  # the table of passes, for the options and the help
     "recipe": {"passes"},  # a pass by its name
     "store": {"passes"},  # the same, to apply a history again
+    "served": {"export"},  # the inputs and outputs of a file
     "runs": {"bench"},  # the report of a run, for `Run.report`
     "__init__": {"passes", "bench", "export"},  # the public list
 }
 """Core modules that may import a part, and only inside a function: the part is loaded when it is needed."""
 
-ROADS = {"commands", "job"}
+ROADS = {"commands", "family", "job"}
 """Core modules that lead through all the parts and import them as they like; so nothing may import these but..."""
 ENDS = {"cli", "__init__", "__main__", "demo", *ROADS}
 """...the ends of the program."""

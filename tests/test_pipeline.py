@@ -97,6 +97,13 @@ class Ready(Toy):
     role: ClassVar[Role] = "prepare"
 
 
+class Family(Ready):
+    """Prepares what may be cut out later."""
+
+    name: ClassVar[str] = "family"
+    gives: ClassVar[frozenset[str]] = frozenset({"supernet"})
+
+
 class Mend(Toy):
     """Repairs."""
 
@@ -112,7 +119,7 @@ class Study(Toy):
     reads: ClassVar[frozenset[str]] = frozenset({"unlabeled"})
 
 
-TOYS = {pass_class.name: pass_class for pass_class in (Cut, Dense, Zeros, Int8, Subnet, Ready, Mend, Study)}
+TOYS = {pass_class.name: pass_class for pass_class in (Cut, Dense, Zeros, Int8, Subnet, Ready, Family, Mend, Study)}
 
 
 @pytest.fixture(autouse=True)
@@ -235,6 +242,12 @@ def test_an_order_that_cannot_work_names_both_steps_and_the_remedy(labels: str, 
     with pytest.raises(OrderError, match=says):
         chain(*labels.split())(start, Context())
     assert DONE == []
+
+
+def test_a_family_may_end_a_chain_for_it_can_be_cut_later_but_no_repair_follows_it(start: Artifact) -> None:
+    assert outcomes(chain("cut", "family")(start, Context())) == {"cut": "kept", "family": "kept"}
+    with pytest.raises(OrderError, match=r"^step 1 'family' prepares .* but step 2 'mend' follows, which is none; put"):
+        chain("family", "mend").check(start, Context())
 
 
 def test_what_an_artifact_was_made_by_counts_for_the_order(start: Artifact) -> None:

@@ -9,6 +9,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from pydantic import JsonValue
+
+from slim.passes.elastic import subnets
 from slim.passes.elastic.space import Subnet
 from slim.passes.reach import Unreachable
 
@@ -30,6 +33,10 @@ class Point:
     def rank(self) -> tuple[float, float, Subnet]:
         """Lowest for the best: the most accurate, of equals the cheapest; never equal for two subnets."""
         return -self.accuracy, self.cost, self.subnet
+
+    def as_json(self) -> dict[str, JsonValue]:
+        """Plain JSON."""
+        return {"cost": round(self.cost, 6), "top1": round(self.accuracy, 4), **subnets.as_json(self.subnet)}
 
 
 def archive(points: Iterable[Point], width: float) -> dict[int, Point]:

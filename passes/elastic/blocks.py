@@ -139,7 +139,7 @@ def _passes_on(module: nn.Module, call: _Call) -> bool:
         finally:
             for value, was in zip(module.parameters(), before, strict=True):
                 value.copy_(was)
-    return isinstance(found, Tensor) and torch.equal(found, given) and not torch.equal(call.output, given)
+    return isinstance(found, Tensor) and torch.equal(found, given)
 
 
 def _outermost(model: nn.Module, names: Sequence[str]) -> list[str]:

@@ -17,6 +17,7 @@ from pydantic import Field, JsonValue, model_validator
 from torch import nn
 
 from slim import surgery
+from slim.artifact import Artifact
 from slim.contract import Context, Pass, Plan, Role
 from slim.data import Augment
 from slim.distributed import is_main
@@ -107,6 +108,19 @@ class Elastic(Training, Augment, Pass):
         """The splits shown, in order."""
         return ("train", "unlabeled") if self.images == "all" else (self.images,)
 
+    def forecast(self, artifact: Artifact, context: Context) -> dict[str, JsonValue]:
+        """What will be elastic, and how long training takes."""
+        assert context.data is not None  # Pipeline.check saw to it
+        found = discover(artifact.model(), artifact.backbone.input.size, self._wanted)
+        data = context.data.apart(self.held_out, context.seed)
+        return {
+            "widths": len(found.groups),
+            "blocks": len(found.blocks),
+            "left": len(found.left),
+            "networks_a_step": self.nets if self.method == "sandwich" else 2,
+            "steps": data.steps(context.loading.batch_size, self.splits) * self.epochs,
+        }
+
     def plan(self, model: nn.Module, context: Context) -> Plan:
         """What is elastic, in which order units go, and why the rest is not."""
         assert context.backbone is not None  # Pass.__call__ set it
@@ -136,23 +150,22 @@ class Elastic(Training, Augment, Pass):
         examiner = Examiner.of(teacher, space, context, "norms") if is_main() else None
         before = _accuracies(examiner)
 
-        def report(epoch: int) -> None:
+        def report(epoch: int) -> dict[str, float]:
             if examiner is None:
-                return
+                return {}
             examiner.model.load_state_dict(model.state_dict())
             now = _accuracies(examiner)
             context.log.info(
                 "elastic: epoch %d of %d: largest %.2f %%, smallest %.2f %%; before %.2f and %.2f, held-out images",
                 *(epoch, self.epochs, now["largest"], now["smallest"], before["largest"], before["smallest"]),
             )
+            return now
 
         with surgery.on_device(context.device, teacher), gated(model, space) as choose:
             objective = self._objective(choose, space, model, teacher, context.seed)
             _after_epochs(objective, self.epochs, report)
             figures = context.train(model, objective, self, self, self.splits)
-        if examiner is not None:
-            examiner.model.load_state_dict(model.state_dict())
-        return {**figures, "top1_held_out": {"before": {**before}, "after": {**_accuracies(examiner)}}}
+        return {**figures, "top1_held_out": {"before": {**before}, "after": {**report(self.epochs)}}}
 
     def _objective(
         self, choose: Choose, space: Space, model: nn.Module, original: nn.Module, seed: int
@@ -221,15 +234,15 @@ def _accuracies(examiner: Examiner | None) -> dict[str, float]:
     }
 
 
-def _after_epochs(objective: Sandwich | Branches, epochs: int, report: Callable[[int], None]) -> None:
-    """Have `report` called at the end of every epoch."""
+def _after_epochs(objective: Sandwich | Branches, epochs: int, report: Callable[[int], object]) -> None:
+    """Have `report` called at the end of every epoch but the last, whose values may still be averaged."""
     own: Callable[[float], None] | None = getattr(objective, "after_step", None)
 
     def after_step(done: float) -> None:
         if own is not None:
             own(done)
         epoch = round(done * epochs)
-        if abs(done * epochs - epoch) < 1e-9 and epoch:
+        if abs(done * epochs - epoch) < 1e-9 and 0 < epoch < epochs:
             report(epoch)
 
     objective.after_step = after_step  # type: ignore[method-assign]

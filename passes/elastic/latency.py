@@ -23,7 +23,7 @@ from slim.errors import StoreError
 from slim.measurement import Measurement
 from slim.passes.elastic.predictor import rank_correlation
 from slim.passes.elastic.space import Subnet
-from slim.passes.elastic.table import Origin, Row, as_table, rows_of
+from slim.passes.elastic.table import Origin, Row, as_table, is_finished, rows_of
 from slim.passes.elastic.terms import Terms, rows_to_measure
 
 Matrix = NDArray[np.float64]
@@ -92,7 +92,7 @@ class LatencyModel:
             StoreError: it is of another device, target, supernet or space, or not finished.
         """
         rows = rows_of(data, origin)
-        if "terms" not in data:
+        if not is_finished(data):
             raise StoreError("latency table: it is not finished; measure the rest, by running the same command again")
         if {*data["terms"]} != {*terms.names}:
             raise StoreError("latency table: its terms are not those of this space; measure again")

@@ -20,18 +20,20 @@ from slim import surgery
 from slim.contract import Context, Pass, Plan, Role
 from slim.distributed import is_main
 from slim.errors import PassError
-from slim.goal import Goal, parse_goal
+from slim.goal import parse_goal
 from slim.passes.elastic import search
 from slim.passes.elastic.archive import Front
 from slim.passes.elastic.blocks import leave_out
 from slim.passes.elastic.examine import Repair, images_for_statistics, mend
 from slim.passes.elastic.extract import extract
-from slim.passes.elastic.family import Family, apart, as_figures, elastic_of, read_table
+from slim.passes.elastic.family import Family, apart, as_figures
+from slim.passes.elastic.priced import elastic_of
 from slim.passes.elastic.space import Space, Subnet
 from slim.passes.elastic.subnets import as_json
+from slim.passes.elastic.table import read_table
 from slim.passes.prune.choose import apply, numbers, ranges
 from slim.passes.prune.groups import attributes, positions
-from slim.passes.reach import Words, reach
+from slim.passes.reach import Unreachable, Words, cost_of, reach
 
 
 class BestSubnet(Pass):
@@ -54,8 +56,8 @@ class BestSubnet(Pass):
     """What is done in closed form to every subnet before it is evaluated, and to the one that ships: batch norms
     re-estimated, layers that lost inputs refitted by least squares (`outputs`), or `both`."""
     storage: str | None = None
-    """URL of a database, as `sqlite:///search.db`, through which processes and machines share a search; none keeps it
-    to this run."""
+    """URL of a database, as `sqlite:///search.db`, through which processes, machines and budgets share what a search
+    finds; none keeps it to this run."""
     table: str | None = None
     """Latency table of `slim table build`; none measures one where the budget is in milliseconds."""
 
@@ -82,17 +84,14 @@ class BestSubnet(Pass):
 
     def plan(self, model: nn.Module, context: Context) -> Plan:
         """What stays of every tensor, and which blocks are not there."""
-        family = Family.of(model, context, self.repair)
+        family = Family.of(model, context, repair=self.repair)
         goal = parse_goal(self.to)
+        before = cost_of(goal, model, context, self.name)
+        if before <= goal.limit_of(before):
+            raise PassError(f"subnet: --to {self.to}: the whole network meets it; ask for less")
         cost, said = family.costs(goal, self.table)
-        limit = goal.limit_of(cost(family.space.largest))
         front = family.search(
-            cost,
-            [limit],
-            study=self._study(family, goal),
-            storage=self.storage,
-            evaluations=self.evaluations,
-            proposals=self.proposals,
+            cost, [goal], storage=self.storage, evaluations=self.evaluations, proposals=self.proposals
         )
         words = Words(self.name, "subnets", "make more elastic: smaller widths, less depth")
         chosen, figures = reach(
@@ -103,8 +102,6 @@ class BestSubnet(Pass):
             context,
             words,
         )
-        if chosen == family.space.largest:
-            raise PassError(f"subnet: --to {self.to}: the whole network meets it; ask for less")
         return {
             **plan_of(model, family.space, chosen),
             "subnet": as_json(chosen),
@@ -130,10 +127,6 @@ class BestSubnet(Pass):
         with surgery.on_device(context.device, model, teacher):
             return mend(model, teacher, kept, readers, images.to(context.device), self.repair)
 
-    def _study(self, family: Family, goal: Goal) -> str:
-        """Name of the search: of all that its figures depend on."""
-        return f"{family.digest[:16]} {family.data_id[:21]} seed {family.seed} repair {self.repair} to {goal}"
-
 
 @dataclass(frozen=True, eq=False)
 class Found:
@@ -150,12 +143,15 @@ class Found:
 
     @property
     def cheapest(self) -> Subnet:
-        """The cheapest that was evaluated."""
-        return self.front.points[0].subnet
+        """The cheapest that was evaluated, or the smallest, which is not where it costs too much already."""
+        return min(self.front.points[0].subnet, self.space.canonical(self.space.smallest), key=self.predicted)
 
     def within(self, budget: float) -> Subnet:
         """The most accurate within `budget`."""
-        return self.front.best_within(budget).subnet
+        try:
+            return self.front.best_within(budget).subnet
+        except Unreachable:
+            raise Unreachable(self.predicted(self.cheapest)) from None
 
     def cost(self, choice: Subnet) -> float:
         """As predicted, or counted."""

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 from pydantic import JsonValue
@@ -50,6 +52,11 @@ def as_table(origin: Origin, rows: Sequence[Row]) -> dict[str, JsonValue]:
     return {"format": FORMAT, **asdict(origin), "rows": dumped}
 
 
+def is_finished(data: Mapping[str, Any]) -> bool:
+    """Whether all was measured, and a model fitted to it."""
+    return "terms" in data
+
+
 def rows_of(data: Mapping[str, Any], origin: Origin) -> list[Row]:
     """The rows of a table.
 
@@ -64,3 +71,18 @@ def rows_of(data: Mapping[str, Any], origin: Origin) -> list[Row]:
                 f"latency table: it was measured for {what} {data.get(what)!r}, not {here!r}; measure again"
             )
     return [Row(subnets.from_json(row), row["ms"], row["low"], row["high"], row["held_out"]) for row in data["rows"]]
+
+
+def read_table(path: str) -> dict[str, Any]:
+    """A table's JSON.
+
+    Raises:
+        StoreError: there is no such file, or it is not JSON.
+    """
+    try:
+        found = json.loads(Path(path).expanduser().read_text())
+    except (OSError, ValueError) as error:
+        raise StoreError(f"{path}: no latency table ({error}); make it by slim table build") from error
+    if not isinstance(found, dict):
+        raise StoreError(f"{path}: no latency table, but {type(found).__name__}; make it by slim table build")
+    return found

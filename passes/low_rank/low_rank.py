@@ -44,7 +44,7 @@ class LowRank(Pass):
     version: ClassVar[int] = 2
     role: ClassVar[Role] = "structure"
     needs: ClassVar[frozenset[str]] = frozenset({"float"})
-    drops: ClassVar[frozenset[str]] = frozenset({"dense"})
+    drops: ClassVar[frozenset[str]] = frozenset({"dense", "supernet"})
     shrinks: ClassVar[frozenset[str]] = frozenset({"params", "macs"})
 
     to: str | None = None

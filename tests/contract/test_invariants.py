@@ -347,14 +347,6 @@ def test_the_reference_of_the_stage_is_watched_too(given: Artifact, monkeypatch:
         ChangesReference()(given, Context(reference=reference))
 
 
-def test_a_supernet_may_carry_its_gates(given: Artifact, monkeypatch: pytest.MonkeyPatch) -> None:
-    class Elastic(LeavesHook):
-        gives: ClassVar[frozenset[str]] = frozenset({"supernet"})
-
-    register(monkeypatch, Elastic)
-    assert Elastic(kind="forward")(given).history[0].name == "vandal"
-
-
 def test_a_memory_format_is_no_state(monkeypatch: pytest.MonkeyPatch) -> None:
     class ChannelsLast(Vandal):
         def fit(self, model: nn.Module, teacher: nn.Module, context: Context) -> None:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from slim import costs, store, surgery
-from slim.artifact import Artifact, Backbone, Preprocessing
+from slim.artifact import Artifact
 from slim.bench.measure import TargetMeter
 from slim.contract import Context
 from slim.data import open_data
@@ -27,11 +27,10 @@ from slim.export.target import Target
 from slim.passes.prune import Prune
 from slim.passes.prune.choose import numbers
 from slim.passes.prune.groups import groups_of
+from tests.zoo.networks import CLASSES, Norm, built, images_of, outputs
 
 pytestmark = [pytest.mark.zoo, pytest.mark.usefixtures("one_thread")]
 
-Norm = nn.BatchNorm1d | nn.BatchNorm2d
-CLASSES = 10
 SMALL = {"img_size": 64}
 FAMILIES: dict[str, tuple[dict[str, Any], int, tuple[str, ...]]] = {
     # timm's name -> arguments, pixels, and the layers that make the hidden channels of its blocks.
@@ -65,33 +64,8 @@ NO_STREAM = {"mixer_s16_224"}
 
 @lru_cache(maxsize=1)
 def network(family: str) -> Artifact:
-    """Random weights that hide nothing: none near zero, and batch norms that see what they expect.
-
-    Behind a fresh classifier or layer scale every mistake would look exact; and with the statistics that batch norms
-    begin with, what deep networks put out hardly depends on the image.
-    """
     kwargs, pixels, _ = FAMILIES[family]
-    chosen = Backbone(
-        name=family, kwargs=kwargs, num_classes=CLASSES, input=Preprocessing(size=(3, pixels, pixels), crop=1.0)
-    )
-    model = surgery.audible(chosen.build(seed=1)).train()
-    momenta = {module: module.momentum for module in model.modules() if isinstance(module, Norm)}
-    for norm in momenta:
-        norm.momentum = 1.0  # the statistics of these images alone
-    with torch.no_grad():
-        model(torch.randn(16, 3, pixels, pixels, generator=torch.Generator().manual_seed(3)))
-    for norm, momentum in momenta.items():
-        norm.momentum = momentum
-    return Artifact.of(model, chosen)
-
-
-def images_of(given: Artifact, n: int) -> Tensor:
-    return torch.randn(n, *given.backbone.input.size, generator=torch.Generator().manual_seed(7))
-
-
-def outputs(model: nn.Module, images: Tensor) -> Tensor:
-    with torch.inference_mode():
-        return cast(Tensor, model(images))
+    return built(family, kwargs, pixels)
 
 
 def layers_of(model: nn.Module) -> dict[str, nn.Conv2d | nn.Linear]:

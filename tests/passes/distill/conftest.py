@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import gc
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -12,14 +10,6 @@ from slim.artifact import Artifact
 from slim.data import Data, open_data
 from slim.passes.finetune import Finetune
 from tests.passes.distill.classroom import Spy, artifact, context, saved
-
-
-@pytest.fixture(scope="module")
-def little_garbage() -> Iterator[None]:
-    """accelerate collects garbage after each training: searching all that was imported takes longer than the rest."""
-    gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 @pytest.fixture(scope="module")

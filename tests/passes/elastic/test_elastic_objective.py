@@ -3,14 +3,8 @@
 from __future__ import annotations
 
 import copy
-import inspect
-import json
 import math
-import os
-import subprocess
-import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,32 +12,22 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from slim import training
-from slim.artifact import Backbone, Preprocessing, state_digest
+from slim.artifact import state_digest
 from slim.contract import Context, Loading
 from slim.data import Augment, Batch, Data, open_data
-from slim.distributed import is_main
 from slim.passes.distill.logits import soft_kl
-from slim.passes.elastic.blocks import Block
 from slim.passes.elastic.extract import extract
 from slim.passes.elastic.gates import gated
-from slim.passes.elastic.objective import LARGEST_RATIO, Branches, Sandwich, adaptive, beta, quiet
+from slim.passes.elastic.objective import LARGEST_RATIO, adaptive, beta, quiet
 from slim.passes.elastic.sampling import ladder, sandwich
-from slim.passes.elastic.space import Dim, Space, Subnet
-from slim.passes.prune.groups import groups_of
+from slim.passes.elastic.space import Subnet
 from slim.training import Training
+from tests.passes.elastic.toys_of_training import SIZE, VIT, branched, sandwiched, space_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-SIZE = (3, 32, 32)
-VIT = Backbone(
-    name="vit_tiny_patch16_224",
-    kwargs={"img_size": 32, "patch_size": 8, "depth": 3, "embed_dim": 32, "num_heads": 2},
-    num_classes=10,
-    input=Preprocessing(size=SIZE, crop=1.0),
-)
 
 
 class Residual(nn.Module):
@@ -80,29 +64,11 @@ def convolutions(drop: float = 0.0) -> nn.Module:
         return Convolutions(drop)
 
 
-def space_of(model: nn.Module) -> Space:
-    """Half of every inner width and two of three blocks may go; the last units are the most important."""
-    groups, _ = groups_of(model.eval(), (3, 32, 32))
-    inner = [group for group in groups if group.inner]
-    dims = [Dim(group, (group.units, group.units // 2), tuple(reversed(range(group.units)))) for group in inner]
-    return Space(tuple(dims), tuple(Block(f"blocks.{i}", 0) for i in range(3)), (1,), {})
-
-
 def batch_of(count: int = 6, *, soft: bool = False) -> Batch:
     generator = torch.Generator().manual_seed(5)
     target = torch.randint(10, (count,), generator=generator)
     images = torch.randn(count, *SIZE, generator=generator)
     return Batch(images, F.one_hot(target, 10) * 0.9 + 0.01 if soft else target, torch.arange(count), 0)
-
-
-@contextmanager
-def sandwiched(model: nn.Module, **fields: Any) -> Iterator[tuple[Sandwich, Space]]:
-    """A sandwich of the largest and the smallest, with the gates on."""
-    space = space_of(model)
-    settings: dict[str, Any] = {"ramp": 0.0, "divergence": "kl", "temperature": 1.0, "label_weight": 1.0}
-    with gated(model, space) as choose:
-        draw = fields.pop("draw", lambda _: [space.smallest])
-        yield Sandwich(choose, draw, space.largest, **settings | fields), space
 
 
 def gradients(loss: Tensor, model: nn.Module) -> dict[str, Tensor]:
@@ -352,16 +318,6 @@ def test_the_adaptive_divergence_is_finite_however_sure_both_are() -> None:
     assert gradient.isfinite().all()
 
 
-@contextmanager
-def branched(model: nn.Module, **fields: Any) -> Iterator[tuple[Branches, Space]]:
-    original = copy.deepcopy(model)
-    settings: dict[str, Any] = {"intact": 0.8, "momentum": 0.9, "temperature": 1.0}
-    space = space_of(model)
-    with gated(model, space) as choose:
-        draw = fields.pop("draw", lambda _: [space.smallest])
-        yield Branches(choose, draw, space.largest, student=model, original=original, **settings | fields), space
-
-
 def test_three_branches_have_the_gradients_of_poas_cross_entropies() -> None:
     model = VIT.build().train()
     temperature = 2.0
@@ -442,64 +398,3 @@ def test_training_that_was_killed_goes_on_with_the_same_ramp_draws_and_teacher(
         trained(6, place)  # of 12: taken up at 4
     again = trained(-1, place)
     assert state_digest(again.state_dict()) == state_digest(whole.state_dict())
-
-
-IMPORTS = """\
-from __future__ import annotations
-import copy, json, sys
-from contextlib import contextmanager
-from functools import partial
-from pathlib import Path
-from safetensors.torch import save_file
-from slim import training
-from slim.artifact import Backbone
-from slim.contract import Context, Loading
-from slim.data import Augment, open_data
-from slim.distributed import is_main
-from slim.passes.elastic.blocks import Block
-from slim.passes.elastic.gates import gated
-from slim.passes.elastic.objective import Branches, Sandwich
-from slim.passes.elastic.sampling import ladder, sandwich
-from slim.passes.elastic.space import Dim, Space
-from slim.passes.prune.groups import groups_of
-from slim.training import Training
-"""
-
-
-def learn(backbone: Backbone, kind: str, place: Path) -> None:
-    """Train and write down what came of it; also the script of several processes."""
-    model = backbone.build()
-    fields = {"ramp": 0.5, "divergence": "alpha", "temperature": 2.0, "guard": 0.5, "original": copy.deepcopy(model)}
-    # Shares of 13 and 12 images: equal weights for both would be wrong by 4 %.
-    context = Context(data=open_data("digits", limit_train=100, limit_val=16), backbone=backbone, loading=Loading(25))
-    settings, augment = Training(epochs=2, lr=0.05, optimizer="sgd", precision="fp32"), Augment(flip=0.0, mixup=0.2)
-    with sandwiched(model, **fields) if kind == "sandwich" else branched(model) as (objective, space):
-        objective.draw = partial(sandwich, space, 0, count=3) if kind == "sandwich" else partial(ladder, space, 0)
-        figures = training.train(model, objective, settings, augment, context)
-    if is_main():
-        Path(f"{place}-{kind}.json").write_text(json.dumps(figures))
-        save_file(model.state_dict(), f"{place}-{kind}.safetensors")
-
-
-def test_two_processes_learn_what_one_learns(tmp_path: Path) -> None:
-    # No batch norms: each process would normalise by its own share.
-    script, kinds = tmp_path / "script.py", ("sandwich", "branches")
-    call = f"for kind in {kinds}:\n    learn(Backbone(**{VIT.model_dump(mode='json')}), kind, Path(sys.argv[1]))\n"
-    parts: list[Callable[..., Any]] = [space_of, sandwiched, branched, learn]
-    script.write_text("\n".join([IMPORTS, *(inspect.getsource(part) for part in parts), call]))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command += [str(script), str(tmp_path / "two")]
-    ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=180)
-    assert ended.returncode == 0, ended.stderr
-    fresh = VIT.build().state_dict()
-    for kind in kinds:
-        learn(VIT, kind, tmp_path / "one")
-        alone, together = (json.loads((tmp_path / f"{name}-{kind}.json").read_text()) for name in ("one", "two"))
-        for name, losses in alone["losses"].items():
-            # SGD is linear in the gradient, so sums in another order stay small; losses are recorded to 1e-6.
-            assert together["losses"][name] == pytest.approx(losses, rel=1e-5, abs=2e-6), name
-        one, two = (load_file(tmp_path / f"{name}-{kind}.safetensors") for name in ("one", "two"))
-        assert max(float((one[name] - fresh[name]).abs().max()) for name in fresh) > 1e-3, "nothing was learned"
-        for name, value in one.items():
-            torch.testing.assert_close(two[name], value, rtol=0, atol=1e-5)

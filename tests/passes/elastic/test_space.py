@@ -107,6 +107,15 @@ def test_depth_counts_blocks_that_cannot_be_left_out() -> None:
     assert left["layer2.0"] == "its output has another shape than its input"
 
 
+def test_a_fresh_network_has_its_blocks_though_their_branches_are_silent_yet() -> None:
+    import timm
+
+    fresh = timm.create_model("resnet18", zero_init_last=True).eval()
+    assert [block.name for block in blocks_of(fresh, SIZE, 0.5)[0]] == [
+        *("layer1.0", "layer1.1", "layer2.1", "layer3.1", "layer4.1")
+    ]
+
+
 def test_layers_without_a_way_past_them_are_no_blocks() -> None:
     plain = nn.Sequential(*[nn.Sequential(nn.Conv2d(3, 3, 3, padding=1), nn.ReLU()) for _ in range(3)])
     assert blocks_of(plain.eval(), SIZE, 0.5)[0] == []

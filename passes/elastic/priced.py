@@ -1,0 +1,151 @@
+"""What the subnets of an elastic network cost: counted, or predicted from whole subnets measured. Needs no images."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Self, cast
+
+from pydantic import JsonValue
+from torch import nn
+
+from slim import costs, environment, store
+from slim.artifact import Step
+from slim.contract import Context, Meter
+from slim.goal import Goal
+from slim.passes.elastic.blockwise import Blockwise
+from slim.passes.elastic.elastic import Elastic
+from slim.passes.elastic.extract import extract
+from slim.passes.elastic.latency import LatencyModel, build
+from slim.passes.elastic.space import Space, Subnet
+from slim.passes.elastic.table import Origin, Row, as_table, is_finished, read_table, rows_of
+from slim.passes.elastic.terms import Terms
+from slim.passes.prune.choose import build_of
+from slim.passes.reach import meter_of
+
+BYTES = 4
+"""Of one parameter in the exported file."""
+
+
+@dataclass(frozen=True, eq=False)
+class Priced:
+    """An elastic network whose subnets have a cost."""
+
+    model: nn.Module
+    space: Space
+    context: Context
+
+    @classmethod
+    def of(cls, model: nn.Module, context: Context, **fields: Any) -> Self:
+        """That of a network and the history it comes with.
+
+        Raises:
+            PassError: the structure was changed since it was made elastic.
+        """
+        assert context.backbone is not None  # Pass.__call__ set it
+        elastic, step = elastic_of(context)
+        return cls(model, elastic.space_of(model, context.backbone.input.size, step.plan), context, **fields)
+
+    @cached_property
+    def digest(self) -> str:
+        """Of the elastic network and its input."""
+        assert self.context.backbone is not None  # Pass.__call__ set it
+        known = self.context.history[-1].digests["output"] + self.context.backbone.input.model_dump_json()
+        return hashlib.sha256(known.encode()).hexdigest()
+
+    @cached_property
+    def counted(self) -> Blockwise:
+        """Parameters and multiply-accumulates."""
+        assert self.context.backbone is not None  # Pass.__call__ set it
+        size = self.context.backbone.input.size
+        return Blockwise(self.space, lambda one: costs.count(extract(self.model, self.space, one), size))
+
+    def costs(self, goal: Goal, table: str | None) -> tuple[Callable[[Subnet], float], dict[str, JsonValue]]:
+        """What a subnet costs in the unit of `goal`, and what there is to say of a prediction."""
+        if goal.timed:
+            model = self.latency_model(goal, table)
+            self.context.log.info("subnet: latency %s", model)
+            return model.predict, {"latency": str(model), "target": model.origin.target}
+        if goal.metric == "size":
+            params = self.counted.of("params")
+            return lambda one: BYTES * params(one), {}
+        return self.counted.of(goal.metric), {}
+
+    def latency_model(self, goal: Goal, table: str | None) -> LatencyModel:
+        """Of the table, or of what is measured now."""
+        meter = meter_of(goal, self.context, "subnet")
+        if table is not None:
+            return LatencyModel.from_json(read_table(table), self.terms, self.origin(meter))
+        return self.measured(meter)
+
+    def origin(self, meter: Meter) -> Origin:
+        """What latencies measured here are of."""
+        return Origin(environment.fingerprint(), meter.target, self.digest)
+
+    def tabled(self, meter: Meter, place: Path, *, again: bool = False) -> LatencyModel:
+        """The model of the table in a file: what it lacks is measured, and each row is written when it is there.
+
+        With `again`, nothing that is there counts.
+
+        Raises:
+            StoreError: the table is of another device, target or supernet.
+        """
+        origin, rows = self.origin(meter), list[Row]()
+        if place.exists() and not again:
+            there = read_table(str(place))
+            if is_finished(there):
+                return LatencyModel.from_json(there, self.terms, origin)
+            rows = rows_of(there, origin)
+
+        def keep(row: Row) -> None:
+            rows.append(row)
+            store.write_text(place, json.dumps(as_table(origin, rows)) + "\n")
+
+        model = self.measured(meter, tuple(rows), keep)
+        store.write_text(place, json.dumps(model.as_json()) + "\n")
+        return model
+
+    def measured(
+        self, meter: Meter, rows_done: Iterable[Row] = (), keep: Callable[[Row], None] = lambda row: None
+    ) -> LatencyModel:
+        """A model of latency, of whole subnets measured on the target; those in `rows_done` are not measured again."""
+        return build(
+            self.terms,
+            lambda one: meter.latency(extract(self.model, self.space, one)),
+            self.origin(meter),
+            seed=self.context.seed,
+            rows_done=rows_done,
+            keep=keep,
+            progress=self.context.progress,
+        )
+
+    @cached_property
+    def terms(self) -> Terms:
+        """What latency is made of; widths and blocks of one build share a term."""
+        macs, largest = self.counted.of("macs"), self.space.largest
+
+        def without(place: int) -> str:
+            on = (*largest.on[:place], False, *largest.on[place + 1 :])
+            return f"{macs(Subnet(largest.units, on)):.0f}"
+
+        def narrow(place: int) -> str:
+            fewest = self.space.dims[place].choices[-1]
+            return f"{macs(Subnet((*largest.units[:place], fewest, *largest.units[place + 1 :]), largest.on)):.0f}"
+
+        builds = {
+            dim.group.name: f"{build_of(self.model, dim.group)} {dim.choices} {narrow(place)}"
+            for place, dim in enumerate(self.space.dims)
+        }
+        kinds = {block.name: type(self.model.get_submodule(block.name)).__name__ for block in self.space.blocks}
+        builds |= {block.name: f"{kinds[block.name]} {without(n)}" for n, block in enumerate(self.space.blocks)}
+        return Terms(self.space, macs, builds)
+
+
+def elastic_of(context: Context) -> tuple[Elastic, Step]:
+    """The step that made the network elastic."""
+    step = next(step for step in reversed(context.history) if step.name == Elastic.name)  # the trait says there is one
+    return Elastic(**cast(Any, step.config)), step
