@@ -125,7 +125,7 @@ class Elastic(Training, Augment, Pass):
         """What is elastic, in which order units go, and why the rest is not."""
         assert context.backbone is not None  # Pass.__call__ set it
         assert context.data is not None  # Pipeline.check saw to it
-        context.data.apart(self.held_out, context.seed)  # an error now, not after the work
+        held = context.data.apart(self.held_out, context.seed).membership("held")  # an error now, not after the work
         found = discover(model, context.backbone.input.size, self._wanted)
         orders, unranked = self._orders(model, found, context)
         there = [number for number, group in enumerate(found.groups) if group.name in orders]
@@ -137,7 +137,7 @@ class Elastic(Training, Augment, Pass):
         context.log.info(
             "elastic: %d widths, %d blocks; %d stay as they are", len(space.dims), len(space.blocks), len(space.left)
         )
-        return space.as_plan()
+        return {**space.as_plan(), "held": held}
 
     def fit(self, model: nn.Module, teacher: nn.Module, context: Context) -> dict[str, JsonValue] | None:
         """Train with gates, and take them off."""

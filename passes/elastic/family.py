@@ -34,7 +34,14 @@ class Family(Priced):
     @cached_property
     def data(self) -> Data:
         """With the images in a split `held` that the elastic step held out."""
-        return apart(self.context, elastic_of(self.context)[1])
+        step = elastic_of(self.context)[1]
+        found = apart(self.context, step)
+        if found.membership("held") != step.plan["held"]:
+            self.context.log.warning(
+                "subnet: these are not the images that elastic held out, so it may have trained on some of them, and"
+                " accuracies flatter; give the --data, --split and --limit-train of its run"
+            )
+        return found
 
     @cached_property
     def examiner(self) -> Examiner:

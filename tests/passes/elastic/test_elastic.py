@@ -144,7 +144,9 @@ def test_without_epochs_no_value_changes_and_a_space_is_planned(name: str, conte
     assert after.history[-1].metrics == {}
     assert plan_of(after)["dims"]
     space = Elastic(**FAST).space_of(given.model(), given.backbone.input.size, plan_of(after))
-    assert space.as_plan() == plan_of(after)
+    assert context.data is not None
+    held = context.data.apart(Elastic(**FAST).held_out, context.seed).membership("held")
+    assert {**space.as_plan(), "held": held} == plan_of(after)
     assert space.allows(space.smallest)
     assert space.smallest != space.largest
 

@@ -322,6 +322,16 @@ def test_another_structure_since_it_was_made_elastic_is_refused(elastic: dict[st
     assert "\n" not in str(caught.value)
 
 
+def test_other_images_than_were_held_out_are_told_of(
+    elastic: dict[str, Artifact], context: Context, caplog: pytest.LogCaptureFixture
+) -> None:
+    step = BestSubnet(to="0.8x-macs", **FEW)
+    step(elastic["vit"], context)
+    assert "held out" not in caplog.text
+    step(elastic["vit"], replace(context, data=open_data("digits", limit_train=40, limit_val=16, calib=32)))
+    assert "these are not the images that elastic held out" in caplog.text
+
+
 def test_values_trained_since_are_those_of_the_subnet(elastic: dict[str, Artifact], context: Context) -> None:
     trained = Finetune(epochs=1, lr=1e-3, flip=0.0, precision="fp32")(elastic["vit"], context)
     after = BestSubnet(to="0.8x-macs", repair="none", **FEW)(trained, context)
