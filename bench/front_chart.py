@@ -14,7 +14,7 @@ from slim.bench.charts import Box, Tick, place_labels, ticks
 from slim.bench.wording import number, printable
 from slim.measurement import Measurement
 
-WIDTH, HEIGHT = 640.0, 430.0
+WIDTH, HEIGHT = 664.0, 430.0
 FRAME = (56.0, 66.0, 624.0, 380.0)
 """Left, top, right, bottom of the frame that points lie in."""
 
