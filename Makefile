@@ -1,5 +1,5 @@
 # Two commands: `make demo` and `make test`. Both set up .venv first, once; neither needs more than Python 3.11 and PyPI.
-# `make test-zoo` prunes real timm families as well, at random weights; it takes minutes.
+# `make test-zoo` prunes real timm families as well, and makes them elastic, at random weights; it takes minutes.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -14,7 +14,7 @@ test: lint types
 	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
 
 test-zoo: $(READY)
-	$(BIN)/python -m pytest -m zoo tests/zoo
+	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile -m zoo tests/zoo
 
 lint: $(READY)
 	$(BIN)/ruff check
