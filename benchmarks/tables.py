@@ -10,7 +10,7 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from benchmarks import low_rank_tables, prune_tables
+from benchmarks import elastic_tables, low_rank_tables, prune_tables
 
 RESULTS = Path(__file__).parent / "results"
 PAGE = Path(__file__).parents[1] / "docs" / "results.md"
@@ -277,6 +277,7 @@ def page() -> str:
         "\n\n".join(
             [
                 head,
+                elastic_tables.section(),
                 prune_tables.section(),
                 low_rank_tables.section(),
                 mobilenetv2(),
@@ -292,6 +293,7 @@ def page() -> str:
 
 CHARTS = {
     "distillation.svg": distillation_chart,
+    "elastic.svg": elastic_tables.chart,
     "low_rank.svg": low_rank_tables.chart,
     "prune.svg": prune_tables.chart,
 }
