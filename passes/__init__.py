@@ -23,7 +23,7 @@ PASSES: dict[str, tuple[str, str, str]] = {
     ),
     "prune": ("slim.passes.prune", "Prune", "Cut channels, hidden units and attention heads out, for a budget."),
     "sparsify": ("slim.passes.sparsify", "Sparsify", "Train the channels that prune will cut towards zero."),
-    "subnet": ("slim.passes.elastic", "BestSubnet", "Cut the best subnet for a budget out of an elastic one."),
+    "subnet": ("slim.passes.elastic.subnet", "BestSubnet", "Cut the best subnet for a budget out of an elastic one."),
 }
 """Word -> (module, class, one line of help). A literal, so that `slim --help` imports no pass."""
 
