@@ -6,6 +6,7 @@ process every function here does the plain thing. A process that dies is noticed
 
 from __future__ import annotations
 
+import atexit
 import os
 from collections.abc import Callable
 from datetime import timedelta
@@ -44,6 +45,15 @@ def join() -> None:
     if not dist.is_initialized():
         # gloo even where training uses nccl: what `on_main` hands on lies in main memory.
         dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=PATIENCE)
+        # Python would end with gloo's threads still running, and now and then the process aborts for that.
+        atexit.register(_leave)
+
+
+def _leave() -> None:
+    import torch.distributed as dist
+
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def wait() -> None:

@@ -66,7 +66,7 @@ def model_of(tiny: tuple[str, ...]) -> tuple[str, ...]:
         ),
         ("run TINY low-rank --enrgy 1", 2, "No such option '--enrgy'. Did you mean '--energy'?"),
         ("run TINY low-rank --out x", 2, "--out belongs to the run, not to 'low-rank'; put it before the first pass"),
-        ("run TINY low-rank x", 2, "pass 'x' is unknown; known: distill, export, finetune, low-rank"),
+        ("run TINY low-rank x", 2, "pass 'x' is unknown; known: distill, elastic, export, finetune, low-rank"),
         ("run TINY --out OUT low-rank --energy 1.5", 2, "low-rank: energy: 1.5 should be less than or equal to 1"),
         ("run TINY --out OUT low-rank --energy x", 2, "Invalid value for '--energy': 'x' is not a valid float."),
         ("run TINY --out OUT finetune --optimizer adamm", 2, "finetune: optimizer: "),

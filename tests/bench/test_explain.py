@@ -12,7 +12,7 @@ from xml.etree import ElementTree
 import pytest
 import torch
 
-from slim import store
+from slim import console, store
 from slim.artifact import Artifact, Step
 from slim.bench import layers_chart
 from slim.bench.decisions import SENTENCES, Decision, decisions
@@ -282,7 +282,7 @@ def test_a_long_name_keeps_its_end_and_a_long_decision_its_beginning() -> None:
 def test_an_artifact_alone_is_explained_with_the_kernels_it_has(
     call: Any, low_rank: tuple[Artifact, Artifact], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("COLUMNS", "200")  # no sentence is wrapped
+    monkeypatch.setattr(console.stdout, "width", 200)  # no sentence is wrapped
     folder = store.save(low_rank[1], tmp_path / "artifact")
     said = call("explain", folder, "--trust")
     assert (said.code, said.err) == (0, "")
