@@ -66,7 +66,7 @@ def cost() -> str:
         for name, one in of(found["cutting_out"]).items()
     )
     searched = found["searching"]
-    models = "; ".join(f"{short(name)} {one['said']}" for name, one in of(found["latency_model"]).items())
+    models = "; ".join(f"{short(name)} {one['said']}" for name, one in of(found.get("latency_model", {})).items())
     return "\n".join(
         [
             "### What it costs",
@@ -77,7 +77,7 @@ def cost() -> str:
             f"- A search on the ResNet: {searched['evaluated']} subnets evaluated on {searched['images']:,} images,"
             f" {searched['alone']} more for single changes, {searched['proposed']:,} proposed, in"
             f" {searched['seconds']:.0f} s on one thread; tau {searched['tau']:.2f}.",
-            f"- The latency model, on networks held out: {models}.",
+            *([f"- The latency model, on networks held out: {models}."] if models else []),
         ]
     )
 
