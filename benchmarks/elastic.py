@@ -6,7 +6,7 @@
 Each figure is a file benchmarks/results/elastic/NETWORK/ARM-SHARE-SEED.json. ResNet and ViT are those of
 benchmarks/low_rank.py, trained on CIFAR-10 (JPEG); every arm trains on 10,000 images, of which a family holds 1,000 out
 to choose its subnets by; the 10,000 test images are reported on and choose nothing. A family trains for as many epochs
-as all its sizes trained alone together; each step of it costs about as much as four. MobileNetV2 is a real ImageNet
+as all its sizes trained alone together; what a step of it costs is in elastic_cost.py. MobileNetV2 is a real ImageNet
 network that is not trained: 250 images calibrate and choose, 250 others, of other classes, are reported on. The
 ResNet's rate was chosen on held-out training images, and came out as half of what it was trained with; so is the ViT's.
 """

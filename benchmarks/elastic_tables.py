@@ -29,7 +29,7 @@ Each row is one network: its exported file, timed against the dense one (batch 1
 evaluated beside it on the same images; intervals are 95 %. `elastic` trains a family once, `subnet` cuts every size out
 of it, by 1,000 training images that it is not trained on. *Alone* is one size, chosen among untrained subnets by the
 same search, and trained by `distill` with labels: for a fifth of the family's epochs, so that five of them have as many
-in all, or for as many. A step of the family costs about as much as four.
+in all, or for as many. A step of the family costs nearly three plain ones, as measured below.
 
 ![Top-1 of subnets](elastic.svg)"""
 
@@ -108,7 +108,7 @@ FINDINGS = """\
 - ResNet: one training of ten epochs gives five networks that, from half of the operations down, beat five that were
   trained alone in as many epochs together: by 0.7 points at 0.5, 2.2 at 0.4 and 4.4 at 0.3. Above half each alone is
   better, by about a point: what is cut little needs little training, and the family's largest has drifted by then. A
-  size that gets all ten epochs for itself is a point better than the family's. A step of the family costs four.
+  size that gets all ten epochs for itself is a point better than the family's.
 - The ramp (DepS) and the plain sandwich end within half a point of each other at every size, on either side: from a
   pretrained start the ramp bought nothing here (one seed).
 - The searches evaluate 24 subnets for each size, on 1,000 images, where a point is within the noise: at 0.8 of the
