@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.distillation_step import Clock
+from benchmarks.distillation_step import Clock, made
 from benchmarks.low_rank import begin, on_target
 from slim import environment
 from slim.artifact import Artifact, Backbone, Preprocessing
@@ -36,10 +36,6 @@ RESULT = Path(__file__).parent / "results" / "elastic_cost.json"
 ROUNDS = 15
 THIN = Backbone(name="benchmarks.nets:resnet18_thin", num_classes=10, input=Preprocessing(size=(3, 32, 32), crop=1.0))
 LOOP: dict[str, Any] = {"epochs": 1, "flip": 0.0}
-
-
-def made(backbone: Backbone) -> Artifact:
-    return Artifact.of(backbone.build(seed=1, trust=True), backbone, trust=True)
 
 
 def network(name: str, pixels: int) -> Backbone:

@@ -44,7 +44,7 @@ class Examiner:
     held: Batches
     """Training images that were held out."""
     images: Tensor
-    """(n, C, H, W) for statistics and least squares."""
+    """(n, C, H, W) for statistics and least squares, on `device`."""
     repair: Repair
     device: torch.device
 
@@ -57,7 +57,7 @@ class Examiner:
         assert context.data is not None  # the caller held images out of it
         assert context.backbone is not None  # Pass.__call__ set it
         held = [*context.data.eval_batches("held", context.backbone.input, batch_size=BATCH)]
-        images = images_for_statistics(model, context)
+        images = images_for_statistics(model, context).to(context.device)
         return cls(copy.deepcopy(model).to(context.device), space, held, images, how, context.device)
 
     def finished(self, subnet: Subnet) -> nn.Module:
@@ -67,7 +67,7 @@ class Examiner:
             stays = positions(self.model.state_dict(), kept)
             outputs = {key.rpartition(".")[0]: dims[0] for key, dims in stays.items() if 0 in dims}
             readers = [name for group, _ in kept for name in group.readers]
-            mend(smaller, self.model, outputs, readers, self.images.to(self.device), self.repair)
+            mend(smaller, self.model, outputs, readers, self.images, self.repair)
         return smaller
 
     def accuracy(self, subnet: Subnet) -> float:

@@ -7,6 +7,8 @@ Every process and every resumed run draws the same.
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 
 from slim.passes.elastic.space import Space, Subnet
@@ -28,7 +30,7 @@ def ends(space: Space, seed: int, step: int) -> list[Subnet]:
 
 def ladder(space: Space, seed: int, step: int) -> list[Subnet]:
     """One of the rungs. Each comes as often as it should before any comes again, in an order of its own each time."""
-    rungs = [subnet for subnet, times in rungs_of(space).items() for _ in range(times)]
+    rungs = _cycle(space)
     cycle, place = divmod(step, len(rungs))
     order = torch.randperm(len(rungs), generator=_generator(seed, cycle))
     return [rungs[int(order[place])]]
@@ -41,8 +43,7 @@ def at_random(space: Space, generator: torch.Generator) -> Subnet:
     """
     units = tuple(dim.choices[int(torch.randint(len(dim.choices), (), generator=generator))] for dim in space.dims)
     on = [True] * len(space.blocks)
-    for stage, fewest in enumerate(space.fewest):
-        places = [number for number, block in enumerate(space.blocks) if block.stage == stage]
+    for places, fewest in zip(space.stages, space.fewest, strict=True):
         most = len(places) - fewest
         gone = int((torch.rand(most, generator=generator) < min(0.5, 1 / max(most, 1))).sum())
         for place in torch.randperm(len(places), generator=generator)[:gone].tolist():
@@ -57,7 +58,7 @@ def rungs_of(space: Space) -> dict[Subnet, int]:
     blocks and all; those that stay lie evenly. The largest would come once in a cycle; it is trained in every step.
     """
     widths = max((len(dim.choices) for dim in space.dims), default=1)
-    counts = [sum(block.stage == stage for block in space.blocks) for stage in range(len(space.fewest))]
+    counts = [len(blocks) for blocks in space.stages]
     depths = 1 + max((count - fewest for count, fewest in zip(counts, space.fewest, strict=True)), default=0)
     found: dict[Subnet, int] = {}
     for width in _places(widths):
@@ -72,6 +73,12 @@ def rungs_of(space: Space) -> dict[Subnet, int]:
             found.setdefault(subnet, times)
     found.pop(space.largest)
     return found
+
+
+@lru_cache(maxsize=1)
+def _cycle(space: Space) -> tuple[Subnet, ...]:
+    """Every rung as often as a cycle takes it; asked for in each step of a training."""
+    return tuple(subnet for subnet, times in rungs_of(space).items() for _ in range(times))
 
 
 def _places(count: int) -> list[float]:

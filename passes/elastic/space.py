@@ -61,11 +61,20 @@ class Space:
         """The least of everything; of each stage's blocks those stay that lie evenly from the first to the last."""
         return Subnet(tuple(dim.choices[-1] for dim in self.dims), self.ladder(self.fewest))
 
+    @cached_property
+    def stages(self) -> tuple[tuple[int, ...], ...]:
+        """Numbers of each stage's blocks."""
+        numbers = range(len(self.blocks))
+        return tuple(
+            tuple(number for number in numbers if self.blocks[number].stage == stage)
+            for stage in range(len(self.fewest))
+        )
+
     def ladder(self, counts: Sequence[int]) -> tuple[bool, ...]:
         """Blocks that are there when each stage keeps so many, evenly from its first to its last."""
         on: list[bool] = []
-        for stage, count in enumerate(counts):
-            all_of = sum(block.stage == stage for block in self.blocks)
+        for blocks, count in zip(self.stages, counts, strict=True):
+            all_of = len(blocks)
             stay = {i * (all_of - 1) // max(count - 1, 1) for i in range(count)}
             on += [place in stay for place in range(all_of)]
         return tuple(on)

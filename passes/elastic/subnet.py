@@ -31,7 +31,7 @@ from slim.passes.elastic.priced import elastic_of
 from slim.passes.elastic.space import Space, Subnet
 from slim.passes.elastic.subnets import as_json
 from slim.passes.elastic.table import read_table
-from slim.passes.prune.choose import apply, numbers, ranges
+from slim.passes.prune.choose import apply, outputs_kept, ranges
 from slim.passes.prune.groups import attributes, positions
 from slim.passes.reach import Unreachable, Words, cost_of, reach
 
@@ -119,8 +119,8 @@ class BestSubnet(Pass):
         """Repair in closed form; rank 0's values go to every process."""
         if not is_main():
             return None
-        keep, groups = cast(Any, context.plan["keep"]), cast(Any, context.plan["groups"])
-        kept = {key.rpartition(".")[0]: numbers(dims["0"]) for key, dims in keep.items() if "0" in dims}
+        groups = cast(Any, context.plan["groups"])
+        kept = outputs_kept(context.plan)
         readers = [name for group in groups.values() for name in group["layers"]["reads"]]
         _, trained = elastic_of(context)
         images = images_for_statistics(teacher, replace(context, data=apart(context, trained)))

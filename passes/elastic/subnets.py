@@ -24,7 +24,8 @@ def ladder(space: Space, rungs: int) -> list[Subnet]:
         share = rung / (rungs - 1)
         units = tuple(dim.choices[round(share * (len(dim.choices) - 1))] for dim in space.dims)
         counts = [
-            most - round(share * (most - least)) for most, least in zip(_blocks(space), space.fewest, strict=True)
+            len(blocks) - round(share * (len(blocks) - least))
+            for blocks, least in zip(space.stages, space.fewest, strict=True)
         ]
         found.append(space.canonical(Subnet(units, space.ladder(counts))))
     return list(dict.fromkeys(found))
@@ -39,9 +40,8 @@ def drawn(space: Space, rng: Random) -> Subnet:
 
     units = tuple(dim.choices[steps(len(dim.choices) - 1)] for dim in space.dims)
     on = [True] * len(space.blocks)
-    for stage, (most, least) in enumerate(zip(_blocks(space), space.fewest, strict=True)):
-        there = [number for number, block in enumerate(space.blocks) if block.stage == stage]
-        for number in rng.sample(there, steps(most - least)):
+    for blocks, least in zip(space.stages, space.fewest, strict=True):
+        for number in rng.sample(blocks, steps(len(blocks) - least)):
             on[number] = False
     return space.canonical(Subnet(units, tuple(on)))
 
@@ -73,16 +73,10 @@ def from_json(data: Mapping[str, Any]) -> Subnet:
     return Subnet(tuple(int(count) for count in data["units"]), tuple(bool(one) for one in data["on"]))
 
 
-def _blocks(space: Space) -> list[int]:
-    """How many blocks each stage has."""
-    return [sum(block.stage == stage for block in space.blocks) for stage in range(len(space.fewest))]
-
-
 def _allowed(space: Space, units: Sequence[int], on: list[bool], rng: Random) -> Subnet:
     """With blocks put back, drawn at random, where a stage has too few."""
-    for stage, least in enumerate(space.fewest):
-        there = [number for number, block in enumerate(space.blocks) if block.stage == stage]
-        off = [number for number in there if not on[number]]
-        for number in rng.sample(off, max(0, least - (len(there) - len(off)))):
+    for blocks, least in zip(space.stages, space.fewest, strict=True):
+        off = [number for number in blocks if not on[number]]
+        for number in rng.sample(off, max(0, least - (len(blocks) - len(off)))):
             on[number] = True
     return space.canonical(Subnet(tuple(units), tuple(on)))

@@ -171,6 +171,12 @@ def apply(model: nn.Module, plan: Plan) -> None:
     cut(model, stays, says)
 
 
+def outputs_kept(plan: Plan) -> dict[str, list[int]]:
+    """Layer or norm -> channels of its output that a plan keeps, where some are cut out."""
+    keep: Any = plan["keep"]
+    return {key.rpartition(".")[0]: numbers(dims["0"]) for key, dims in keep.items() if "0" in dims}
+
+
 def entry(one: Ranked, kept: Sequence[int]) -> dict[str, JsonValue]:
     """What a plan says of one group that keeps its best units, for people."""
     group = one.group

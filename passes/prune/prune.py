@@ -22,7 +22,7 @@ from slim.distributed import is_main
 from slim.errors import PassError
 from slim.goal import parse_goal
 from slim.passes import calibration, repair
-from slim.passes.prune.choose import Chooser, Choosing, apply, numbers
+from slim.passes.prune.choose import Chooser, Choosing, apply, numbers, outputs_kept
 from slim.passes.prune.criteria import BLIND
 from slim.passes.prune.fold import fold_means
 
@@ -135,8 +135,6 @@ class Prune(Choosing, Pass):
         self, model: nn.Module, dense: nn.Module, refit: Sequence[str], context: Context
     ) -> dict[str, JsonValue]:
         assert context.backbone is not None  # Pass.__call__ set it
-        keep: Any = context.plan["keep"]
-        kept = {key.rpartition(".")[0]: numbers(dims["0"]) for key, dims in keep.items() if "0" in dims}
         most = repair.images_that_fit(model, context.backbone.input.size, self.memory_gb)
         count = calibration.count(context, self.name, BLINDLY)
         return repair.repair(
@@ -144,7 +142,7 @@ class Prune(Choosing, Pass):
             dense,
             {name: name for name in refit},
             next(calibration.images(context, min(most, count))),
-            kept=kept,
+            kept=outputs_kept(context.plan),
             norms=self.repair in ("both", "norms"),
             batch_size=calibration.EVAL_BATCH,
             progress=context.progress,

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from pydantic import ValidationError
-from torch import Tensor, nn
+from torch import nn
 
 from slim import store
 from slim.artifact import Artifact, Backbone, Preprocessing
@@ -36,7 +36,6 @@ from tests.passes.elastic.families import images, off
 
 pytestmark = pytest.mark.usefixtures("one_thread", "little_garbage")
 
-HERE = __name__
 UNTRAINED = Elastic(epochs=0, widths=(0.5,), align=2, floor=2, held_out=16, criterion="group-l2")
 FEW: dict[str, Any] = {"evaluations": 4, "proposals": 40}
 
@@ -138,32 +137,13 @@ def test_a_budget_that_the_whole_network_meets_is_an_error(
 # Budgets that are measured
 
 
-class Wide(nn.Module):
-    """16 tokens through layers large enough for their widths to show in the time."""
-
-    def __init__(self, num_classes: int) -> None:
-        super().__init__()
-        self.stem = nn.Conv2d(3, 128, 8, stride=8)
-        self.up, self.down = nn.Linear(128, 1024), nn.Linear(1024, 512)
-        self.head = nn.Linear(512, num_classes)
-
-    def forward(self, images: Tensor) -> Tensor:
-        tokens = self.stem(images).flatten(2).mT
-        tokens = self.down(self.up(tokens).relu()).relu()
-        logits: Tensor = self.head(tokens.mean(1))
-        return logits
-
-    def get_classifier(self) -> nn.Module:
-        return self.head
-
-
 QUICK = latency.Protocol(sessions=3, rounds=6, calls=2, warm_up=1, max_rounds=24)
 
 
 @pytest.fixture(scope="module")
 def timed(context: Context, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """One elastic width, so that few networks are measured, and a context whose real meter is quick."""
-    chosen = Backbone(name=f"{HERE}:Wide", num_classes=10, input=Preprocessing(size=SIZE, crop=1.0))
+    chosen = Backbone(name="tests.passes.prune.toys:Wide", num_classes=10, input=Preprocessing(size=SIZE, crop=1.0))
     step = UNTRAINED.model_copy(update={"widths": (0.75, 0.5, 0.25), "align": 8, "skip": ("stem", "down")})
     made = step(Artifact.of(chosen.build(seed=1, trust=True), chosen, trust=True), context)
     assert [dim.choices for dim in space_of(made, step).dims] == [(1024, 768, 512, 256)]

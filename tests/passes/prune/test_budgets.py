@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
 
 from slim.artifact import Artifact, Backbone, Preprocessing
 from slim.bench import latency
@@ -63,28 +62,9 @@ def test_what_is_measured_needs_a_target(to: str) -> None:
 # Measured on the exported file
 
 
-class Wide(nn.Module):
-    """16 tokens through layers large enough for their widths to show in the time."""
-
-    def __init__(self, num_classes: int) -> None:
-        super().__init__()
-        self.stem = nn.Conv2d(3, 128, 8, stride=8)
-        self.up, self.down = nn.Linear(128, 1024), nn.Linear(1024, 512)
-        self.head = nn.Linear(512, num_classes)
-
-    def forward(self, images: Tensor) -> Tensor:
-        tokens = self.stem(images).flatten(2).mT
-        tokens = self.down(self.up(tokens).relu()).relu()
-        logits: Tensor = self.head(tokens.mean(1))
-        return logits
-
-    def get_classifier(self) -> nn.Module:
-        return self.head
-
-
 @pytest.fixture(scope="module")
 def wide() -> Artifact:
-    place = "tests.passes.prune.test_budgets:Wide"
+    place = "tests.passes.prune.toys:Wide"
     chosen = Backbone(name=place, num_classes=10, input=Preprocessing(size=SIZE, crop=1.0))
     return Artifact.of(chosen.build(seed=1, trust=True), chosen, trust=True)
 

@@ -35,6 +35,25 @@ class Chain(nn.Module):
         return self.head
 
 
+class Wide(nn.Module):
+    """16 tokens through layers large enough for their widths to show in the time."""
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 128, 8, stride=8)
+        self.up, self.down = nn.Linear(128, 1024), nn.Linear(1024, 512)
+        self.head = nn.Linear(512, num_classes)
+
+    def forward(self, images: Tensor) -> Tensor:
+        tokens = self.stem(images).flatten(2).mT
+        tokens = self.down(self.up(tokens).relu()).relu()
+        logits: Tensor = self.head(tokens.mean(1))
+        return logits
+
+    def get_classifier(self) -> nn.Module:
+        return self.head
+
+
 def images_of(data: Data, given: Artifact) -> Tensor:
     """The first 64 images of calibration, as the network takes them."""
     batches = data.eval_batches("calib", given.backbone.input, batch_size=64)
