@@ -71,6 +71,7 @@ def _subnet(plan: Plan, layer: str) -> Sentence | None:
     if any(layer.startswith(f"{block}.") for block in plan["skipped"]):
         return Sentence("its block is left out", True)
     cut = [text for text, changes in _widths(plan, layer) if changes]
+    cut += [f"two layers of rank {plan['ranks'][layer]}"] if layer in plan["ranks"] else []
     return Sentence(", ".join(cut), True) if cut else None
 
 
@@ -94,11 +95,16 @@ def _widths(plan: Plan, layer: str) -> list[Sentence]:
 
 
 def _elastic(plan: Plan, layer: str) -> Sentence | None:
+    texts = []
     for dim in plan["dims"].values():
         if layer in dim["layers"]["makes"]:
             heads = dim["kind"] == "heads"
             widths = [count if heads else count * dim["unit"] for count in dim["choices"]]
-            return Sentence(f"{', '.join(map(str, widths))} {'heads' if heads else 'outputs'} to choose from", False)
+            texts.append(f"{', '.join(map(str, widths))} {'heads' if heads else 'outputs'}")
+    if rank := plan["ranks"].get(layer):
+        texts.append(f"whole or rank {', '.join(map(str, rank['choices'][1:]))}")
+    if texts:
+        return Sentence(f"{'; '.join(texts)} to choose from", False)
     reasons = (reason for name, reason in plan["left"].items() if name.partition(":")[0] == layer)
     return next((Sentence(f"left, {reason}", False) for reason in reasons), None)
 

@@ -14,6 +14,7 @@ from slim.artifact import Artifact
 from slim.bench import filters
 from slim.bench.decisions import Decision, decisions
 from slim.bench.wording import printable
+from slim.contract import Fed
 from slim.surgery import in_eval
 
 if TYPE_CHECKING:
@@ -73,20 +74,20 @@ class LayerRow(BaseModel):
         return "; ".join(dict.fromkeys(f"{one.name}: {one.text}" for one in told))
 
 
-def layers(artifact: Artifact, dense: nn.Module, *, valued: bool) -> list[LayerRow]:
+def layers(artifact: Artifact, dense: Fed, *, valued: bool) -> list[LayerRow]:
     """A row for each layer of the network before compression, in its order.
 
     Args:
         artifact: the compressed network.
-        dense: the network before compression, on the CPU.
+        dense: the network before compression, on the CPU, and what it was fed.
         valued: whether `dense` has the values it had then. Else kernels are described as they are in `artifact`, those
             of layers that still are one layer.
     """
     final = artifact.model()
     left = _layers_of(final)
-    macs = _macs(dense, artifact.backbone.input.size)
+    macs = _macs(dense.model, dense.input.size)
     rows = []
-    for name, layer in _layers_of(dense).items():
+    for name, layer in _layers_of(dense.model).items():
         places = {place: one for place, one in left.items() if place == name or place.startswith(f"{name}.")}
         known = layer if valued else places.get(name)
         rows.append(

@@ -115,7 +115,7 @@ def _measured(
 
 
 def _accuracy(run: Run, target: Target, candidate: Path, seed: int, progress: Progress) -> Figures:
-    """What the file lost against dense.onnx on the run's validation images."""
+    """What the file lost against dense.onnx on the run's validation images, each as it is fed."""
     recipe = parse(read(run.recipe_path), place=str(run.recipe_path))
     if recipe.data is None:
         raise UsageError(f"{run.root}: has no data, so nothing can be said of its accuracy; drop the top1 budgets")
@@ -123,7 +123,8 @@ def _accuracy(run: Run, target: Target, candidate: Path, seed: int, progress: Pr
     data = open_data(spec.source, split=spec.split, seed=recipe.seed, limit_val=spec.limit.val)
     data = data.for_classes(backbone.num_classes)
     ours, theirs = (
-        measure_accuracy(path, target, data, backbone.input, progress=progress) for path in (candidate, run.dense)
+        measure_accuracy(path, target, data, fed, progress=progress)
+        for path, fed in ((candidate, backbone.input), (run.dense, run.dense_input))
     )
     return {
         "top1_drop_points": accuracy.drop(ours, theirs, seed=seed),

@@ -12,10 +12,10 @@ from typing import TypeVar, cast
 import torch
 from torch import Tensor, nn
 
-from slim.artifact import Artifact, Preprocessing
+from slim.artifact import Artifact, Preprocessing, state_digest
 from slim.bench import accuracy, latency
 from slim.bench.table import key, layer_table
-from slim.contract import Progress, no_progress
+from slim.contract import Fed, Progress, no_progress
 from slim.data import Data
 from slim.errors import DataError
 from slim.export.onnx import OnnxFile, export_onnx
@@ -35,12 +35,11 @@ EVAL_BATCH = 32
 class TargetMeter:
     """slim.contract.Meter on one target.
 
-    Each network is exported once, and each question about an exported file answered once: networks that export to the
-    same bytes have the same figures.
+    Each network is exported once, with what it is fed, and each question about an exported file answered once: networks
+    that export to the same bytes are equally fast, and those fed alike have the same figures.
     """
 
     on: Target
-    preprocessing: Preprocessing
     data: Data | None
     """Labels in the order of the network's outputs."""
     folder: Path
@@ -54,26 +53,27 @@ class TargetMeter:
         """The target, in the words of `--target`."""
         return str(self.on)
 
-    def export(self, model: Artifact | nn.Module) -> OnnxFile:
+    def export(self, model: Artifact | Fed) -> OnnxFile:
         """The exported file of `model`."""
         digest = _digest(model)
         return self._once(
             ("export", digest),
-            lambda: export_onnx(_module(model), self.folder / f"{digest[:16]}.onnx", self.preprocessing),
+            lambda: export_onnx(_module(model), self.folder / f"{digest[:16]}.onnx", _input(model)),
         )
 
-    def size(self, model: Artifact | nn.Module) -> Measurement:
+    def size(self, model: Artifact | Fed) -> Measurement:
         """Bytes of the exported file."""
         return Measurement(metric="size_bytes", value=self.export(model).size_bytes, unit="bytes")
 
-    def parity(self, model: Artifact | nn.Module) -> Measurement:
+    def parity(self, model: Artifact | Fed) -> Measurement:
         """Largest absolute difference between torch and the exported file. Raises ParityError."""
-        file = self.export(model)
+        file, fed = self.export(model), _input(model)
         return self._once(
-            ("parity", file.sha256), lambda: parity(_module(model), file.path, self._sample(), target=self.on)
+            ("parity", file.sha256, fed.model_dump_json()),
+            lambda: parity(_module(model), file.path, self._sample(fed), target=self.on),
         )
 
-    def latency(self, model: Artifact | nn.Module) -> Measurement:
+    def latency(self, model: Artifact | Fed) -> Measurement:
         """p50 in ms of one call at the target's batch size."""
         file = self.export(model)
         return self._once(
@@ -81,7 +81,7 @@ class TargetMeter:
             lambda: latency.latency(file.path, self.on, seed=self.seed, progress=self.progress),
         )
 
-    def latencies(self, models: Sequence[Artifact | nn.Module]) -> tuple[Measurement, ...]:
+    def latencies(self, models: Sequence[Artifact | Fed]) -> tuple[Measurement, ...]:
         """`latency` of each, all taken in turn in one run: these may be read side by side. Measured now, and kept."""
         files = {file.sha256: file for file in map(self.export, models)}
         paths = [file.path for file in files.values()]
@@ -90,7 +90,7 @@ class TargetMeter:
         return tuple(self.latency(model) for model in models)
 
     def compare(
-        self, candidate: Artifact | nn.Module, reference: Artifact | nn.Module, *, limit: float | None = None
+        self, candidate: Artifact | Fed, reference: Artifact | Fed, *, limit: float | None = None
     ) -> Measurement:
         """Ratio of latencies candidate / reference; below 1 is faster. Measured longer while `limit` is undecided."""
         ours, theirs = self.export(candidate), self.export(reference)
@@ -108,32 +108,32 @@ class TargetMeter:
         self._answers.update({("layer", *name): one for name, one in zip(fresh, found, strict=True)})
         return [cast(Measurement, self._answers["layer", *key(entry)]) for entry in modules]
 
-    def accuracy(self, model: Artifact | nn.Module) -> Measurement:
+    def accuracy(self, model: Artifact | Fed) -> Measurement:
         """Top-1 in percent on the validation split.
 
         Raises:
             DataError: the run has no validation split.
         """
-        file = self.export(model)
-        return self._once(("accuracy", file.sha256), lambda: self._accuracy(file.path))
+        file, fed = self.export(model), _input(model)
+        return self._once(
+            ("accuracy", file.sha256, fed.model_dump_json()),
+            lambda: measure_accuracy(file.path, self.on, self.data, fed, progress=self.progress),
+        )
 
-    def drop(self, candidate: Artifact | nn.Module, reference: Artifact | nn.Module) -> Measurement:
-        """Top-1 points lost, paired on the same images; above 0 is worse."""
+    def drop(self, candidate: Artifact | Fed, reference: Artifact | Fed) -> Measurement:
+        """Top-1 points lost, paired on the same images, each fed its own size; above 0 is worse."""
         return accuracy.drop(self.accuracy(candidate), self.accuracy(reference), seed=self.seed)
 
-    def agreement(self, candidate: Artifact | nn.Module, reference: Artifact | nn.Module) -> Measurement:
+    def agreement(self, candidate: Artifact | Fed, reference: Artifact | Fed) -> Measurement:
         """Percent of validation images that both put into the same class."""
         return accuracy.agreement(self.accuracy(candidate), self.accuracy(reference))
 
-    def _accuracy(self, path: Path) -> Measurement:
-        return measure_accuracy(path, self.on, self.data, self.preprocessing, progress=self.progress)
-
-    def _sample(self) -> Tensor:
+    def _sample(self, fed: Preprocessing) -> Tensor:
         """Real images where there are any, (B, C, H, W); calibration images before validation ones."""
         if self.data is None:
-            return noise(self.preprocessing)
+            return noise(fed)
         split = next(name for name in ("calib", "train", "val") if self.data.has(name))
-        batches = self.data.eval_batches(split, self.preprocessing, batch_size=EVAL_BATCH)
+        batches = self.data.eval_batches(split, fed, batch_size=EVAL_BATCH)
         images = [images for images, _ in islice(batches, -(-PARITY_IMAGES // EVAL_BATCH))]
         return torch.cat(images)[:PARITY_IMAGES]
 
@@ -163,14 +163,17 @@ def noise(preprocessing: Preprocessing) -> Tensor:
     return torch.randn(8, *preprocessing.size, generator=torch.Generator().manual_seed(0))
 
 
-def _module(model: Artifact | nn.Module) -> nn.Module:
-    return model.model() if isinstance(model, Artifact) else model
+def _module(model: Artifact | Fed) -> nn.Module:
+    return model.model() if isinstance(model, Artifact) else model.model
 
 
-def _digest(model: Artifact | nn.Module) -> str:
+def _input(model: Artifact | Fed) -> Preprocessing:
+    return model.backbone.input if isinstance(model, Artifact) else model.input
+
+
+def _digest(model: Artifact | Fed) -> str:
     if isinstance(model, Artifact):
         return model.digest
-    # A bare module has no history: its structure is known by its classes and settings, printed, and its values.
-    from slim.artifact import state_digest
-
-    return hashlib.sha256(f"{model}{state_digest(model.state_dict())}".encode()).hexdigest()
+    # Without a history its structure is known by its classes and settings, printed, and its values.
+    known = f"{model.model}{state_digest(model.model.state_dict())}{model.input.model_dump_json()}"
+    return hashlib.sha256(known.encode()).hexdigest()

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from slim.artifact import Preprocessing
 from slim.errors import StoreError
 from slim.pipeline import Guard
 from slim.runs import Figures, Record
@@ -72,6 +73,10 @@ class Report(BaseModel):
     """The chain in order."""
     final: Figures = {}
     """The file that ships; ratio, drop and agreement are against `dense`."""
+    dense_input: Preprocessing | None = None
+    """What the dense network is fed, none where an older slim wrote the report; here and below."""
+    final_input: Preprocessing | None = None
+    """What the file that ships is fed; another one where a pass changed it."""
     file: str | None = None
     """Path of the exported file inside the run directory."""
 
@@ -120,6 +125,7 @@ def to_html(report: Report) -> str:
     return environment.from_string(source).render(
         report=report,
         headline=wording.headline(report),
+        fed=wording.fed(report),
         tiles=wording.tiles(report),
         rows=wording.rows(report),
         columns=wording.COLUMNS,
@@ -138,7 +144,7 @@ def to_console(report: Report) -> RenderableType:
     from rich.table import Table
     from rich.text import Text
 
-    from slim.bench.wording import COLUMNS, headline, interval, number, printable, rows
+    from slim.bench.wording import COLUMNS, fed, headline, interval, number, printable, rows
 
     def cell(text: str, style: str = "") -> Text:
         # Text, not markup, and printable: a pass option read from a file must not be able to drive the terminal.
@@ -161,4 +167,5 @@ def to_console(report: Report) -> RenderableType:
         why = ": ".join(filter(None, (row.verdict, row.reason)))
         table.add_row(cell(row.label, style), *(figure(row, metric) for metric in COLUMNS), cell(why, style))
     notices = (cell(f"notice: {notice}", "yellow") for notice in report.notices)
-    return Group(cell(headline(report), "bold"), *notices, table)
+    changed = (cell(line) for line in (fed(report),) if line)
+    return Group(cell(headline(report), "bold"), *changed, *notices, table)

@@ -111,6 +111,16 @@ def _size_words(report: Report) -> Iterator[str]:
         yield f"{number(after)} parameters instead of {number(before)} ({after.value / before.value:.2f}x)"
 
 
+def fed(report: Report) -> str:
+    """What a pass changed of the input: `input 3x32x32 -> 3x24x24`; empty where it is what it was."""
+    before, after = report.dense_input, report.final_input
+    if before is None or after is None or before == after:
+        return ""
+    old, new = ({**one.model_dump(mode="json"), "size": _listed(one.size, "x")} for one in (before, after))
+    changed = (f"{name} {as_text(old[name])} -> {as_text(new[name])}" for name in old if old[name] != new[name])
+    return f"input {_listed(changed).removeprefix('size ')}"
+
+
 def gain(figures: Figures) -> Measurement | None:
     """`top1_drop_points` turned round, so that better is positive as everywhere else on the page."""
     drop = figures.get("top1_drop_points")

@@ -7,8 +7,9 @@ Each figure is a file benchmarks/results/elastic/NETWORK/ARM-SHARE-SEED.json. Re
 benchmarks/low_rank.py, trained on CIFAR-10 (JPEG); every arm trains on 10,000 images, of which a family holds 1,000 out
 to choose its subnets by; the 10,000 test images are reported on and choose nothing. A family trains for as many epochs
 as all its sizes trained alone together; what a step of it costs is in elastic_cost.py. MobileNetV2 is a real ImageNet
-network that is not trained: 250 images calibrate and choose, 250 others, of other classes, are reported on. The
-ResNet's rate was chosen on held-out training images, and came out as half of what it was trained with; so is the ViT's.
+network that is not trained: 250 images calibrate and choose, 250 others, of other classes, are reported on. Rates
+were chosen on held-out training images: the ResNet's came out as half of what it was trained with; the ViT's is that of
+1e-4, 2e-4 and 4e-4 with which its largest was best (72.8, 73.2 and 72.0 %; its smallest had 58.2, 60.2 and 61.7).
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ SHARES = (0.8, 0.65, 0.5, 0.4, 0.3)
 """Of the multiply-accumulates."""
 MIDDLE = 0.5
 EPOCHS = {"resnet": 10, "vit": 5}
-RATES = {"resnet": 1e-3, "vit": 5e-4}
+RATES = {"resnet": 1e-3, "vit": 2e-4}
 EVALUATIONS = 24
 """Of subnets, for each size; those of single changes are shared by all sizes of a family."""
 

@@ -23,7 +23,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 import slim
 from benchmarks.nets import mobilenetv2
@@ -31,7 +30,7 @@ from slim import costs, environment, pretrained, store
 from slim.artifact import Artifact
 from slim.bench.measure import TargetMeter
 from slim.console import bars
-from slim.contract import Context, Loading, Pass
+from slim.contract import Context, Fed, Loading, Pass
 from slim.data import Data, open_data
 from slim.export.target import Target
 from slim.passes.distill import Distill
@@ -140,7 +139,7 @@ def apply(passes: Sequence[Pass], given: Artifact, context: Context) -> Artifact
 def on_target(dense: Artifact, data: Data, *, batch_size: int, seed: int = 0) -> Iterator[tuple[TargetMeter, Context]]:
     """A meter that has measured nothing yet, and what the passes may use."""
     with tempfile.TemporaryDirectory() as exported:
-        meter = TargetMeter(Target.parse(TARGET), dense.backbone.input, data, Path(exported), progress=bars)
+        meter = TargetMeter(Target.parse(TARGET), data, Path(exported), progress=bars)
         context = Context(
             data=data,
             meter=meter,
@@ -185,11 +184,11 @@ def main() -> None:
                     print(f"{name} {arm}: {found['top1']['value']:.2f} %, {found['params']:.3f} of the parameters")
 
 
-def figures(after: Artifact | nn.Module, dense: Artifact, meter: TargetMeter) -> dict[str, Any]:
+def figures(after: Artifact | Fed, dense: Artifact, meter: TargetMeter) -> dict[str, Any]:
     """What is reported of one network, against the dense one on the same images and in the same run."""
     fields = {"value", "low", "high", "n"}
     same = isinstance(after, Artifact) and after.digest == dense.digest
-    counted = after.costs if isinstance(after, Artifact) else costs.count(after, dense.backbone.input.size)
+    counted = after.costs if isinstance(after, Artifact) else costs.count(after.model, after.input.size)
     return {
         "params": counted["params"] / dense.costs["params"],
         "macs": counted["macs"] / dense.costs["macs"],

@@ -55,7 +55,7 @@ def main() -> None:
             seconds[title] = round(seconds.get(title, 0.0) + time.perf_counter() - started, 1)
 
         with tempfile.TemporaryDirectory() as folder:
-            meter = TargetMeter(Target.parse("ort:cpu"), backbone.input, data, Path(folder))
+            meter = TargetMeter(Target.parse("ort:cpu"), data, Path(folder))
             context = Context(data=data, meter=meter, backbone=backbone, progress=timed)
             model, started = dense.model(), time.perf_counter()
             plan: Any = LowRank(to=to).plan(model, context)

@@ -27,7 +27,7 @@ from benchmarks.group_norm_pruner import share_of_macs, sparsify_and_prune
 from benchmarks.low_rank import apply, begin, figures, on_target, steps
 from slim import environment
 from slim.artifact import Artifact
-from slim.contract import Context, Pass
+from slim.contract import Context, Fed, Pass
 from slim.data import Data, open_data
 from slim.passes.distill import Distill
 from slim.passes.finetune import Finetune
@@ -135,12 +135,12 @@ def run(name: str, arm: Arm, seed: int, dense: Artifact, data: Data, folder: Pat
     with on_target(dense, data, batch_size=128, seed=seed) as (meter, context):
         started = time.time()
         history: list[dict[str, Any]] = []
-        after: Artifact | nn.Module
+        after: Artifact | Fed
         if arm.share_of_macs is None:
             after = apply(arm.passes, dense, context)
             history = steps(after, dense, "groups")
         else:
-            after = theirs(arm, name, dense, context, folder)
+            after = context.fed(theirs(arm, name, dense, context, folder))
         spent = time.time() - started
         return figures(after, dense, meter) | {
             "environment": environment.describe(),

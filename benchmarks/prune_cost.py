@@ -49,7 +49,7 @@ def main() -> None:
         {"what": "trial", "seconds": round(time.perf_counter() - started - graph, 1)},
     ]
     with tempfile.TemporaryDirectory() as folder:
-        meter = TargetMeter(Target.parse("ort:cpu"), backbone.input, data, Path(folder))
+        meter = TargetMeter(Target.parse("ort:cpu"), data, Path(folder))
         context = Context(data=data, meter=meter, backbone=backbone)
         for settings in (
             {"criterion": "group-l2", "to": "0.5x-macs"},

@@ -12,10 +12,9 @@ from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
 
 from pydantic import JsonValue
-from torch import nn
 
 from slim import costs
-from slim.contract import Context, Meter
+from slim.contract import Context, Fed, Meter
 from slim.errors import PassError
 from slim.goal import Goal
 
@@ -75,25 +74,25 @@ class Words:
 def reach(
     goal: Goal,
     choices: Choices[Choice],
-    model: nn.Module,
-    build: Callable[[Choice], nn.Module],
+    given: Fed,
+    build: Callable[[Choice], Fed],
     context: Context,
     words: Words,
 ) -> tuple[Choice, dict[str, JsonValue]]:
     """The choice under the budget `goal`, and the figures of the whole.
 
     Args:
-        goal: what is to be reached, as a share of what `model` costs or absolutely.
+        goal: what is to be reached, as a share of what `given` costs or absolutely.
         choices: what there is to choose from.
-        model: the network as it is.
-        build: the network with a choice, with the values it will be repaired from.
+        given: the network as it is.
+        build: the network with a choice, with the values it will be repaired from, and what it is fed then.
         context: its meter times and exports.
         words: for errors and the log.
 
     Raises:
         PassError: the budget cannot be reached, or was missed although a smaller network exists.
     """
-    before = cost_of(goal, model, context, words.name)
+    before = cost_of(goal, given, context, words.name)
     limit = goal.limit_of(before)
     gain = 1.0
     attempts: list[_Attempt[Choice]] = []
@@ -107,7 +106,7 @@ def reach(
         if chosen in [attempt.chosen for attempt in attempts]:
             break
         saved = choices.dense - choices.cost(chosen)
-        measured = _measure(goal, build(chosen), model, before, context, words)
+        measured = _measure(goal, build(chosen), given, before, context, words)
         attempt = _Attempt(chosen, before - gain * saved, *measured)
         attempts.append(attempt)
         context.log.info(
@@ -173,17 +172,16 @@ def meter_of(goal: Goal, context: Context, name: str) -> Meter:
     return context.meter
 
 
-def cost_of(goal: Goal, model: nn.Module, context: Context, name: str) -> float:
-    """What the network costs as it is; `name` of the pass, for errors."""
+def cost_of(goal: Goal, network: Fed, context: Context, name: str) -> float:
+    """What a network costs as it is fed; `name` of the pass, for errors."""
     if not goal.measured:
-        assert context.backbone is not None  # Pass.__call__ set it
-        return costs.count(model, context.backbone.input.size)[goal.metric]
+        return costs.count(network.model, network.input.size)[goal.metric]
     meter = meter_of(goal, context, name)
-    return meter.latency(model).value if goal.timed else meter.size(model).value
+    return meter.latency(network).value if goal.timed else meter.size(network).value
 
 
 def _measure(
-    goal: Goal, network: nn.Module, model: nn.Module, before: float, context: Context, words: Words
+    goal: Goal, network: Fed, given: Fed, before: float, context: Context, words: Words
 ) -> tuple[float, float, float]:
     """What the smaller network costs, and the ends of its interval.
 
@@ -196,7 +194,7 @@ def _measure(
     if goal.share is None:
         timing = meter.latency(network)
     else:
-        timing, scale = meter.compare(network, model, limit=goal.share), before
+        timing, scale = meter.compare(network, given, limit=goal.share), before
     assert timing.low is not None  # timings are sampled, so they have an interval
     assert timing.high is not None
     return timing.value * scale, timing.low * scale, timing.high * scale

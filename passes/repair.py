@@ -42,6 +42,7 @@ def repair(
     refit: Mapping[str, str],
     images: Tensor,
     *,
+    as_dense_sees: Tensor | None = None,
     kept: Mapping[str, Sequence[int]] | None = None,
     norms: bool = True,
     ridge: float = 1e-3,
@@ -55,6 +56,8 @@ def repair(
         dense: the network it came from; on the same device.
         refit: Linear layer or convolution in `model` -> module in `dense` that has its output. Input widths may differ.
         images: (n, C, H, W), as the network takes them.
+        as_dense_sees: the same images as `dense` takes them, where that is of another size; norms are then matched
+            alone, for outputs of another size cannot be compared, and `refit` has to be empty.
         kept: layer or norm in `model` -> channels of its output in `dense` that it still has; all where it is missing.
         norms: whether batch norms are matched: those with the same name in both, affine, with statistics.
         ridge: what moving a weight costs, relative to the mean variance of the layer's inputs.
@@ -69,11 +72,13 @@ def repair(
     Raises:
         PassError: a layer or norm sees values that are not finite.
     """
+    assert as_dense_sees is None or not refit
     images = images.to(next(model.parameters()).device)
+    seen = images if as_dense_sees is None else as_dense_sees.to(images.device)
     spans = [range(at, min(at + batch_size, len(images))) for at in range(0, len(images), batch_size)]
     kept = kept or {}
     shared = _shared_norms(model, dense, kept) if norms else []
-    steady, steady_dense = _steady(model, [*refit, *shared], images), _steady(dense, [*refit.values(), *shared], images)
+    steady, steady_dense = _steady(model, [*refit, *shared], images), _steady(dense, [*refit.values(), *shared], seen)
     left = [name for name, target in refit.items() if name not in steady or target not in steady_dense]
     refits = {
         name: _Refit(name, model.get_submodule(name), kept.get(name), spans, ridge)
@@ -93,7 +98,7 @@ def repair(
             for name, norm in matches.items():
                 hooks.enter_context(dense.get_submodule(name).register_forward_pre_hook(norm.watch))
             for span in spans:
-                dense(images[span.start : span.stop])
+                dense(seen[span.start : span.stop])
                 advance(len(span))
         with ExitStack() as hooks:
             corrections: dict[str, _Refit | _Match] = {**refits, **matches}

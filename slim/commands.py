@@ -29,7 +29,7 @@ from slim.bench import gate as gates
 from slim.bench.measure import measure_accuracy, noise
 from slim.bench.report import to_console
 from slim.console import stdout
-from slim.contract import Progress, no_progress
+from slim.contract import Fed, Progress, no_progress
 from slim.data import open_data
 from slim.distributed import is_main
 from slim.errors import MissingExtra, SlimError, UsageError, did_you_mean
@@ -135,9 +135,11 @@ def explain(folder: Path, out: Path, *, trust: bool, as_json: bool) -> None:
         raise UsageError(f"--out {out}: the picture is an .svg file; name it so")
     artifact, found = _artifact(folder, trust=trust)
     leading = tuple(takewhile(lambda step: resolve(step.name).role == "repair", artifact.history))
-    before = origin.before_compression(artifact, len(leading), found or run_around(folder, trust=trust))
+    lies_in = found or run_around(folder, trust=trust)
+    before = origin.before_compression(artifact, len(leading), lies_in)
     dense = before.model() if before else store.replay(artifact.backbone, leading, trust=trust)
-    rows = layers_of.layers(artifact, dense, valued=before is not None)
+    fed = (before or artifact).backbone.input
+    rows = layers_of.layers(artifact, Fed(dense, fed), valued=before is not None)
     if not rows:
         raise UsageError(f"{folder}: {artifact.backbone.name} has no Linear layer and no convolution to explain")
     kernels = "as before compression" if before else "as they are now: those before are not at hand"

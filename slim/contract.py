@@ -18,7 +18,7 @@ from pydantic import BaseModel, ConfigDict, JsonValue
 from torch import nn
 
 from slim import environment
-from slim.artifact import Artifact, Backbone, Step
+from slim.artifact import Artifact, Backbone, Preprocessing, Step
 from slim.distributed import on_main
 from slim.measurement import Measurement
 
@@ -51,6 +51,14 @@ class Loading:
     """Reader processes of each training process."""
 
 
+@dataclass(frozen=True)
+class Fed:
+    """A network that is no artifact, and what it is fed."""
+
+    model: nn.Module
+    input: Preprocessing
+
+
 class Meter(Protocol):
     """Latency and accuracy of a network on the target; implemented by slim.bench, handed in by whoever runs the chain.
 
@@ -61,11 +69,11 @@ class Meter(Protocol):
     def target(self) -> str:
         """The target, in the words of `--target`."""
 
-    def latency(self, model: Artifact | nn.Module) -> Measurement:
+    def latency(self, model: Artifact | Fed) -> Measurement:
         """p50 in ms of one call at the target's batch size."""
 
     def compare(
-        self, candidate: Artifact | nn.Module, reference: Artifact | nn.Module, *, limit: float | None = None
+        self, candidate: Artifact | Fed, reference: Artifact | Fed, *, limit: float | None = None
     ) -> Measurement:
         """Ratio of latencies candidate / reference, paired in one run; below 1 is faster.
 
@@ -78,16 +86,16 @@ class Meter(Protocol):
         In the order of `modules`; equal ones are measured once. Their values play no part.
         """
 
-    def accuracy(self, model: Artifact | nn.Module) -> Measurement:
+    def accuracy(self, model: Artifact | Fed) -> Measurement:
         """Top-1 in percent on the validation split; `samples` holds 1.0 or 0.0 for every image, in split order."""
 
-    def drop(self, candidate: Artifact | nn.Module, reference: Artifact | nn.Module) -> Measurement:
+    def drop(self, candidate: Artifact | Fed, reference: Artifact | Fed) -> Measurement:
         """Top-1 points lost, paired on the same images; above 0 is worse."""
 
-    def size(self, model: Artifact | nn.Module) -> Measurement:
+    def size(self, model: Artifact | Fed) -> Measurement:
         """Bytes of the exported file."""
 
-    def parity(self, model: Artifact | nn.Module) -> Measurement:
+    def parity(self, model: Artifact | Fed) -> Measurement:
         """Largest absolute difference between torch and the exported file on real images.
 
         Raises:
@@ -113,7 +121,8 @@ class Context:
     progress: Progress = no_progress
     """`with progress("finetune", steps) as advance: advance(1, "loss 0.31")`."""
     backbone: Backbone | None = None
-    """The untouched network the pass works on: its input and its classes. Set by `Pass.__call__`."""
+    """The untouched network the pass works on: its classes, and what it is fed; in `fit`, what it is fed after the
+    pass. Set by `Pass.__call__`."""
     loading: Loading = Loading()
     """How training data is read."""
     checkpoint: Path | None = None
@@ -127,6 +136,11 @@ class Context:
     one. Of several processes rank 0 alone plans, so only its memo is filled."""
     plan: Plan = field(default_factory=dict)
     """What `plan` decided, for `fit`, in every process."""
+
+    def fed(self, model: nn.Module) -> Fed:
+        """`model` with what the network that the pass was given is fed."""
+        assert self.backbone is not None  # Pass.__call__ set it
+        return Fed(model, self.backbone.input)
 
     def train(
         self,
@@ -209,6 +223,13 @@ class Pass(BaseModel):
         """Change structure only: pure, deterministic, no data, no randomness. Values may be left unset."""
         return model
 
+    def feeds(self, given: Preprocessing, plan: Plan) -> Preprocessing:
+        """What the network is fed after the pass, where that is not what it was `given`. As pure as `rewrite`.
+
+        Channels stay. No rewrite sees it: neither that of this pass nor those of the history.
+        """
+        return given
+
     def fit(self, model: nn.Module, teacher: nn.Module, context: Context) -> dict[str, JsonValue] | None:
         """Change values only. `teacher` is the untouched input model. Returns figures worth recording, if any."""
         return None
@@ -250,7 +271,8 @@ class Pass(BaseModel):
         plan = on_main(lambda: verify.plain_json(self, "plan", self.plan(teacher, context)))
         model = self.rewrite(artifact.model(), plan)
         structure = verify.signature(model)
-        figures = self.fit(model, teacher, replace(context, plan=plan)) or {}
+        fed = verify.fed_after(self, artifact.backbone, plan)
+        figures = self.fit(model, teacher, replace(context, plan=plan, backbone=fed)) or {}
         step = Step(
             name=self.name,
             version=self.version,

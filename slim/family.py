@@ -280,7 +280,7 @@ def _searched(
     family = Family.of(model, context, repair=subnet.repair)
     if goals[0].timed:
         table(found, wishes.table, progress=progress)
-    before = cost_of(goals[0], model, context, "family")
+    before = cost_of(goals[0], context.fed(model), context, "family")
     within = {goal for goal in goals if before <= goal.limit_of(before)}
     cost, said = family.costs(goals[0], subnet.table)
     left = [goal for goal in goals if goal not in within]

@@ -180,7 +180,7 @@ def _finish(job: Job, run: Run, result: Result, meter: TargetMeter | None, folde
     store.write_bytes(run.dense, exported(result.dense).path.read_bytes())
     if job.recipe.export:
         write_bundle(run.bundle, result.artifact, exported(result.artifact), final)
-    write_report(_report(job, records, dense, final), run.root)
+    write_report(_report(job, records, result, dense, final), run.root)
 
 
 def _side_by_side(run: Run, result: Result, meter: TargetMeter) -> tuple[Record, ...]:
@@ -208,8 +208,7 @@ def _side_by_side(run: Run, result: Result, meter: TargetMeter) -> tuple[Record,
 
 def _meter(job: Job, folder: Path, progress: Progress) -> TargetMeter:
     assert job.target is not None  # asked for by the caller
-    preprocessing, data = job.start.artifact.backbone.input, job.start.data
-    return TargetMeter(job.target, preprocessing, data, folder, seed=job.recipe.seed, progress=progress)
+    return TargetMeter(job.target, job.start.data, folder, seed=job.recipe.seed, progress=progress)
 
 
 def _figures(artifact: Artifact, meter: TargetMeter | None) -> dict[str, Measurement]:
@@ -241,7 +240,7 @@ def _against(result: Result, meter: TargetMeter) -> dict[str, Measurement]:
     return figures
 
 
-def _report(job: Job, records: tuple[Record, ...], dense: Figures, final: Figures) -> Report:
+def _report(job: Job, records: tuple[Record, ...], result: Result, dense: Figures, final: Figures) -> Report:
     recipe, data = job.recipe, job.start.data
     structures = [record for record in records if record.role == "structure"]
     notices = []
@@ -271,6 +270,8 @@ def _report(job: Job, records: tuple[Record, ...], dense: Figures, final: Figure
         dense=dense,
         steps=records,
         final=final,
+        dense_input=result.dense.backbone.input,
+        final_input=result.artifact.backbone.input,
         file="bundle/model.onnx" if recipe.export else None,
     )
 

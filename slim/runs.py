@@ -18,7 +18,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from slim import environment, store
-from slim.artifact import Artifact
+from slim.artifact import Artifact, Preprocessing
 from slim.contract import Context, Pass, Role
 from slim.errors import StoreError, UsageError
 from slim.measurement import Measurement
@@ -151,6 +151,12 @@ class Run:
         from slim.bench import report
 
         return report.load(self.root)
+
+    @property
+    def dense_input(self) -> Preprocessing:
+        """What `dense` is fed, which may be other than what ships."""
+        known = self.report.dense_input if (self.root / "report.json").is_file() else None
+        return known or self.artifact.backbone.input  # before there were reports of it, no pass changed it
 
     def records(self) -> list[Record]:
         """Every line of steps.jsonl, oldest first. Raises StoreError where one is damaged."""

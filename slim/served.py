@@ -41,7 +41,8 @@ class Served:
         known: dict[str, Any] = {}
         beside = self.path.parent / "bundle.json"
         if self.run:
-            known = self.run.artifact.backbone.input.model_dump()
+            is_dense = self.path.absolute() == self.run.dense.absolute()
+            known = (self.run.dense_input if is_dense else self.run.artifact.backbone.input).model_dump()
         elif beside.is_file():
             known = _bundled_preprocessing(beside)
         else:

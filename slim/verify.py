@@ -4,6 +4,8 @@
 2. `fit` kept every key, shape and dtype         6. no hooks, parametrizations or stray devices are left
 3. backbone + history rebuild the network        7. a pass that claims to shrink a cost did not grow it
 4. config and plan survive a JSON round trip
+
+5 and 7 are asked with what the network is fed after the pass, which may be other than before, but for its channels.
 """
 
 from __future__ import annotations
@@ -18,8 +20,8 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from slim import costs
-from slim.artifact import Artifact, Step
-from slim.contract import Meter, Pass, Plan
+from slim.artifact import Artifact, Backbone, Preprocessing, Step
+from slim.contract import Fed, Meter, Pass, Plan
 from slim.errors import StoreError, VerifyError
 from slim.measurement import Measurement
 
@@ -51,12 +53,13 @@ def after_pass(
     input_unchanged(pass_, *inputs)
     signature_kept(pass_, structure, model)
     nothing_left_behind(pass_, model)
-    result = Artifact.of(model, given.backbone, history=(*given.history, step), labels=given.labels, trust=given.trust)
+    backbone = fed_after(pass_, given.backbone, step.plan)
+    result = Artifact.of(model, backbone, history=(*given.history, step), labels=given.labels, trust=given.trust)
     # The caller's generator is left as it was; within, a network that draws random numbers gets new ones every call.
     with torch.random.fork_rng(devices=[]):
-        outputs = outputs_sound(pass_, model, given)
+        outputs = outputs_sound(pass_, result, model)
         replayed(pass_, result, model, outputs)
-    cost_not_grown(pass_, given, model)
+    cost_not_grown(pass_, given, Fed(model, backbone.input))
     done = step.model_copy(update={"digests": {**step.digests, "output": result.digest}})
     return replace(result, history=(*given.history, done))
 
@@ -69,6 +72,21 @@ def ship(artifact: Artifact, meter: Meter) -> Measurement:
 def signature(model: nn.Module) -> Signature:
     """Shape and dtype by state-dict key."""
     return {key: (tuple(value.shape), value.dtype) for key, value in model.state_dict().items()}
+
+
+def fed_after(pass_: Pass, given: Backbone, plan: Plan) -> Backbone:
+    """The backbone with what the network is fed after the pass."""
+    try:
+        found = Preprocessing.model_validate(pass_.feeds(given.input, plan).model_dump(warnings=False))
+    except ValidationError as error:
+        detail = error.errors()[0]["msg"]
+        raise VerifyError(f"{pass_.name}: feeds says no preprocessing: {detail}; change what it was given") from error
+    if _channels(found) != _channels(given.input):
+        raise VerifyError(
+            f"{pass_.name}: feeds says {_channels(found)}, the network was given {_channels(given.input)}; "
+            "change height, width or how they are made, not channels"
+        )
+    return given.model_copy(update={"input": found})
 
 
 def input_unchanged(pass_: Pass, *inputs: Artifact) -> None:
@@ -95,7 +113,7 @@ def replayed(pass_: Pass, result: Artifact, model: nn.Module, outputs: Tensor) -
         raise VerifyError(f"{pass_.name}: replay fails: {error}; rewrite must need nothing but its plan") from error
     if signature(rebuilt) != signature(model):
         raise VerifyError(f"{pass_.name}: replay gives other keys, shapes or dtypes; rewrite must need only its plan")
-    worst = float((_forward(pass_, rebuilt, result, batch=2) - outputs).abs().max())
+    worst = float((_forward(pass_, result, rebuilt, batch=2) - outputs).abs().max())
     if not worst <= REPLAY_TOLERANCE * float(outputs.abs().max()):
         raise VerifyError(f"{pass_.name}: the replayed network differs by {worst:.3g}; it has state outside its values")
 
@@ -125,18 +143,18 @@ def plain_json(pass_: Pass, what: str, value: Plan) -> Plan:
     return again
 
 
-def outputs_sound(pass_: Pass, model: nn.Module, given: Artifact) -> Tensor:
+def outputs_sound(pass_: Pass, result: Artifact, model: nn.Module) -> Tensor:
     """Invariant 5; the outputs at batch 2, (2, classes)."""
-    classes = given.backbone.num_classes
+    classes = result.backbone.num_classes
     for batch in (1, 2):
-        outputs = _forward(pass_, model, given, batch=batch)
+        outputs = _forward(pass_, result, model, batch=batch)
         if outputs.shape != (batch, classes):
             raise VerifyError(
                 f"{pass_.name}: outputs have shape {tuple(outputs.shape)}, not {(batch, classes)}; leave the classifier"
             )
         if not outputs.isfinite().all():
             raise VerifyError(f"{pass_.name}: outputs at batch {batch} are not finite; look at the values fit leaves")
-        if not torch.equal(outputs, _forward(pass_, model, given, batch=batch)):
+        if not torch.equal(outputs, _forward(pass_, result, model, batch=batch)):
             raise VerifyError(f"{pass_.name}: outputs differ between two calls in eval mode; remove the randomness")
     return outputs
 
@@ -154,15 +172,15 @@ def nothing_left_behind(pass_: Pass, model: nn.Module) -> None:
             raise VerifyError(f"{pass_.name}: left {name!r} on {value.device}; move the network back to the CPU")
 
 
-def cost_not_grown(pass_: Pass, given: Artifact, model: nn.Module) -> None:
+def cost_not_grown(pass_: Pass, given: Artifact, after: Fed) -> None:
     """Invariant 7, for the costs the pass names in `shrinks`."""
     if not pass_.shrinks:
         return
-    before, after = given.costs, costs.count(model, given.backbone.input.size)
+    before, now = given.costs, costs.count(after.model, after.input.size)
     for cost in sorted(pass_.shrinks):
-        if after[cost] > before[cost]:
+        if now[cost] > before[cost]:
             raise VerifyError(
-                f"{pass_.name}: claims to shrink {cost}, grew it from {before[cost]} to {after[cost]}; "
+                f"{pass_.name}: claims to shrink {cost}, grew it from {before[cost]} to {now[cost]}; "
                 "leave the layers alone that do not pay"
             )
 
@@ -170,16 +188,21 @@ def cost_not_grown(pass_: Pass, given: Artifact, model: nn.Module) -> None:
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
-def _forward(pass_: Pass, model: nn.Module, given: Artifact, *, batch: int) -> Tensor:
+def _channels(given: Preprocessing) -> str:
+    return f"{given.size[0]} channels, {len(given.mean)} means and {len(given.std)} deviations"
+
+
+def _forward(pass_: Pass, result: Artifact, model: nn.Module, *, batch: int) -> Tensor:
+    size = result.backbone.input.size
     generator = torch.Generator().manual_seed(batch)
-    images = torch.randn(batch, *given.backbone.input.size, generator=generator)
     try:
         with torch.inference_mode():
-            outputs: Any = model(images)
+            outputs: Any = model(torch.randn(batch, *size, generator=generator))
     except Exception as error:  # whatever a network can raise
         detail = " ".join(str(error).split())[:200]
         raise VerifyError(
-            f"{pass_.name}: the network fails at batch {batch} ({detail}); what was rewritten does not fit its place"
+            f"{pass_.name}: the network fails at batch {batch} of {size} ({detail}); what was rewritten does not fit "
+            "its place, or feeds says what it does not take"
         ) from error
     if not isinstance(outputs, Tensor):
         raise VerifyError(f"{pass_.name}: the network returned {type(outputs).__name__}, not a tensor of logits")

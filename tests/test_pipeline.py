@@ -15,7 +15,7 @@ from torch import nn
 
 from slim import job, passes
 from slim.artifact import Artifact, Backbone, Preprocessing, Step
-from slim.contract import Context, Pass, Plan, Role
+from slim.contract import Context, Fed, Pass, Plan, Role
 from slim.data import open_data
 from slim.errors import DataError, OrderError, ParityError
 from slim.measurement import Measurement
@@ -140,7 +140,7 @@ def chain(*labels: str, guard: Guard | None = None) -> Pipeline:
     return Pipeline(tuple(TOYS[name](label=label or name) for name, _, label in split), guard or Guard())
 
 
-def label_of(artifact: Artifact | nn.Module) -> str:
+def label_of(artifact: Artifact | Fed) -> str:
     assert isinstance(artifact, Artifact)
     return str(artifact.history[-1].config["label"]) if artifact.history else "start"
 
@@ -167,28 +167,28 @@ class Scripted:
     asked: list[tuple[str, ...]] = field(default_factory=list)
     limits: list[float | None] = field(default_factory=list)
 
-    def latency(self, model: Artifact | nn.Module) -> Measurement:
+    def latency(self, model: Artifact | Fed) -> Measurement:
         return Measurement(metric="latency_p50_ms", value=1.0, unit="ms")
 
     def compare(
-        self, candidate: Artifact | nn.Module, reference: Artifact | nn.Module, *, limit: float | None = None
+        self, candidate: Artifact | Fed, reference: Artifact | Fed, *, limit: float | None = None
     ) -> Measurement:
         self.asked.append(("compare", label_of(candidate), label_of(reference)))
         self.limits.append(limit)
         return self.ratios.get(label_of(candidate), ratio(0.5))
 
-    def accuracy(self, model: Artifact | nn.Module) -> Measurement:
+    def accuracy(self, model: Artifact | Fed) -> Measurement:
         self.asked.append(("accuracy", label_of(model)))
         return Measurement(metric="accuracy_top1", value=90.0, unit="percent")
 
-    def drop(self, candidate: Artifact | nn.Module, reference: Artifact | nn.Module) -> Measurement:
+    def drop(self, candidate: Artifact | Fed, reference: Artifact | Fed) -> Measurement:
         self.asked.append(("drop", label_of(candidate), label_of(reference)))
         return drop(self.drops.get(label_of(candidate), 0.1))
 
-    def size(self, model: Artifact | nn.Module) -> Measurement:
+    def size(self, model: Artifact | Fed) -> Measurement:
         return Measurement(metric="size_bytes", value=100, unit="bytes")
 
-    def parity(self, model: Artifact | nn.Module) -> Measurement:
+    def parity(self, model: Artifact | Fed) -> Measurement:
         if label_of(model) in self.broken:
             raise ParityError("parity: the file differs")
         return Measurement(metric="parity_max_abs", value=0, unit="logits")

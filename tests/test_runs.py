@@ -17,7 +17,7 @@ from torch import nn
 
 from slim import environment, passes, store
 from slim.artifact import Artifact, Backbone, Preprocessing
-from slim.contract import Context, Loading, Pass, Plan, Role
+from slim.contract import Context, Fed, Loading, Pass, Plan, Role
 from slim.data import Data, open_data
 from slim.errors import ParityError, PassError, StoreError, UsageError
 from slim.measurement import Measurement
@@ -95,25 +95,25 @@ class Scripted:
     broken: bool = False
     asked: list[str] = field(default_factory=list)
 
-    def latency(self, model: Artifact | nn.Module) -> Measurement:
+    def latency(self, model: Artifact | Fed) -> Measurement:
         return Measurement(metric="latency_p50_ms", value=1.0, unit="ms")
 
     def compare(
-        self, candidate: Artifact | nn.Module, reference: Artifact | nn.Module, *, limit: float | None = None
+        self, candidate: Artifact | Fed, reference: Artifact | Fed, *, limit: float | None = None
     ) -> Measurement:
         self.asked.append("compare")
         return Measurement(metric="latency_ratio", value=self.ratio, unit="ratio", low=self.ratio, high=self.ratio)
 
-    def accuracy(self, model: Artifact | nn.Module) -> Measurement:
+    def accuracy(self, model: Artifact | Fed) -> Measurement:
         return Measurement(metric="accuracy_top1", value=90.0, unit="percent")
 
-    def drop(self, candidate: Artifact | nn.Module, reference: Artifact | nn.Module) -> Measurement:
+    def drop(self, candidate: Artifact | Fed, reference: Artifact | Fed) -> Measurement:
         return Measurement(metric="top1_drop_points", value=0, unit="points", low=0, high=0)
 
-    def size(self, model: Artifact | nn.Module) -> Measurement:
+    def size(self, model: Artifact | Fed) -> Measurement:
         return Measurement(metric="size_bytes", value=100, unit="bytes")
 
-    def parity(self, model: Artifact | nn.Module) -> Measurement:
+    def parity(self, model: Artifact | Fed) -> Measurement:
         if self.broken:
             raise ParityError("parity: the file differs")
         return Measurement(metric="parity_max_abs", value=0, unit="logits")

@@ -1,8 +1,10 @@
 """Distillation: a network learns from what another one says of the same images, instead of from their labels.
 
 The teacher is the network itself before its stage (recovery, the default), the dense one, another run's, or one of
-timm's. Methods add up. They change values only: what they train along is thrown away, so the student is exported as it
-would be without. Does not touch the teacher, and reads no label unless `label_weight` or dkd is given.
+timm's. One that is fed images of another size, as before a pass that made the input smaller, is shown the student's,
+resized: it sees no detail that the student does not. Methods add up. They change values only: what they train along is
+thrown away, so the student is exported as it would be without. Does not touch the teacher, and reads no label unless
+`label_weight` or dkd is given.
 """
 
 from __future__ import annotations

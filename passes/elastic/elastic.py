@@ -23,7 +23,7 @@ from slim.data import Augment
 from slim.distributed import is_main
 from slim.errors import PassError
 from slim.passes import calibration
-from slim.passes.elastic import sampling
+from slim.passes.elastic import overview, sampling
 from slim.passes.elastic.discover import Found, Wanted, discover
 from slim.passes.elastic.examine import Examiner
 from slim.passes.elastic.gates import gated
@@ -41,6 +41,7 @@ class Elastic(Training, Augment, Pass):
     """Train a network together with its subnets."""
 
     name: ClassVar[str] = "elastic"
+    version: ClassVar[int] = 2
     role: ClassVar[Role] = "prepare"
     needs: ClassVar[frozenset[str]] = frozenset({"dense", "float"})
     gives: ClassVar[frozenset[str]] = frozenset({"supernet"})
@@ -56,6 +57,13 @@ class Elastic(Training, Augment, Pass):
     """Least share of a stage's blocks that stay; 1 keeps them all."""
     heads: Literal["whole", "none"] = "whole"
     """Whether attention heads are elastic."""
+    ranks: tuple[float, ...] = (1.0,)
+    """Shares of a layer's operations that two thinner layers in its place may have, in (0, 1]; 1 is the layer itself,
+    and by default it is all there is."""
+    min_width: int = Field(default=64, ge=1)
+    """A layer with fewer inputs or outputs than this is never two."""
+    pixels: tuple[int, ...] = ()
+    """Smaller sides of the input to choose from, such as `192,160`; by default it has its own alone."""
     align: int = Field(default=8, ge=1)
     """Widths are multiples of this, the tile of the runtime's kernels."""
     floor: int = Field(default=8, ge=1)
@@ -93,8 +101,9 @@ class Elastic(Training, Augment, Pass):
             raise ValueError(f"method ends trains two networks a step, not nets={self.nets}; leave it out")
         if self.method != "poa" and not self.label_weight and not self.guard:
             raise ValueError("label_weight=0 and guard=0: nothing trains the largest; give one of them")
-        if any(not 0 < share <= 1 for share in self.widths):
-            raise ValueError(f"widths {self.widths}: shares lie in (0, 1]; 0.5 keeps half")
+        for name, shares in (("widths", self.widths), ("ranks", self.ranks)):
+            if any(not 0 < share <= 1 for share in shares):
+                raise ValueError(f"{name} {shares}: shares lie in (0, 1]; 0.5 keeps half")
         return self
 
     @property
@@ -116,6 +125,8 @@ class Elastic(Training, Augment, Pass):
         return {
             "widths": len(found.groups),
             "blocks": len(found.blocks),
+            "ranks": len(found.ranks),
+            "sides": len(found.pixels),
             "left": len(found.left),
             "networks_a_step": self.nets if self.method == "sandwich" else 2,
             "steps": data.steps(context.loading.batch_size, self.splits) * self.epochs,
@@ -130,13 +141,23 @@ class Elastic(Training, Augment, Pass):
         orders, unranked = self._orders(model, found, context)
         there = [number for number, group in enumerate(found.groups) if group.name in orders]
         dims = [Dim(found.groups[n], found.choices[n], orders[found.groups[n].name]) for n in there]
-        space = Space(tuple(dims), tuple(found.blocks), tuple(found.fewest), found.left | unranked)
-        if not space.dims and not space.blocks:
+        space = Space(
+            tuple(dims),
+            tuple(found.blocks),
+            tuple(found.fewest),
+            found.left | unranked,
+            tuple(found.ranks),
+            found.pixels,
+        )
+        if space.smallest == space.largest:
             reasons = "; ".join(sorted(set(space.left.values()))) or "no layer makes channels that another reads"
             raise PassError(f"elastic: nothing can be elastic ({reasons}); skip less, or lower floor")
         context.log.info(
-            "elastic: %d widths, %d blocks; %d stay as they are", len(space.dims), len(space.blocks), len(space.left)
+            "elastic: %d widths, %d blocks, %d ranks, %d sides of the input; %d stay as they are",
+            *(len(space.dims), len(space.blocks), len(space.ranks), len(space.pixels), len(space.left)),
         )
+        for line in overview.lines(space):
+            context.log.info("elastic:   %s", line)
         return {**space.as_plan(), "held": held}
 
     def fit(self, model: nn.Module, teacher: nn.Module, context: Context) -> dict[str, JsonValue] | None:
@@ -194,13 +215,28 @@ class Elastic(Training, Augment, Pass):
             original=original if self.guard else None,
         )
 
+    @classmethod
+    def migrate(cls, version: int, config: dict[str, Any], plan: Plan) -> tuple[dict[str, Any], Plan] | None:
+        """Version 1 had widths and blocks alone."""
+        return (config, {**plan, "ranks": {}, "pixels": [0]}) if version == 1 else None
+
     def space_of(self, model: nn.Module, size: tuple[int, int, int], plan: Plan) -> Space:
         """The space that `plan` has made of a network, with its groups found again. Raises PassError: it changed."""
         return Space.from_plan(plan, groups_of(model, size, heads=self.heads)[0])
 
     @property
     def _wanted(self) -> Wanted:
-        return Wanted(self.widths, self.depth, self.heads, self.align, self.floor, self.skip)
+        return Wanted(
+            widths=self.widths,
+            depth=self.depth,
+            heads=self.heads,
+            align=self.align,
+            floor=self.floor,
+            skip=self.skip,
+            ranks=self.ranks,
+            min_width=self.min_width,
+            pixels=self.pixels,
+        )
 
     def _orders(
         self, model: nn.Module, found: Found, context: Context

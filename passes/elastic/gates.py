@@ -1,7 +1,8 @@
 """A network that computes as any of its subnets, for training and for checks; nothing of it is saved.
 
-Nothing is sliced or permuted: what a width does not keep is set to zero where it is read, and a block that is not there
-passes its input on. With everything open no gate does anything, so that the network is bit for bit what it was.
+Nothing is sliced or permuted: what a width does not keep is set to zero where it is read, a block that is not there
+passes its input on, what a layer of lower rank puts out is projected, and images are made smaller before the network
+sees them. With everything open no gate does anything, so that the network is bit for bit what it was.
 """
 
 from __future__ import annotations
@@ -9,13 +10,16 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from slim.passes.elastic.ranks import Projection
 from slim.passes.elastic.space import Space, Subnet
+from slim.passes.low_rank.schemes import Layer
 from slim.passes.prune.groups import Group
 
 
@@ -24,12 +28,18 @@ def gated(model: nn.Module, space: Space) -> Iterator[Callable[[Subnet], None]]:
     """Gates on `model`; yields `choose(subnet)`. It begins with the largest, and ends without gates."""
     gates = [_Gate() for _ in space.dims]
     skips = [_Skip(model.get_submodule(block.name)) for block in space.blocks]
+    ranks = [Projection(cast(Layer, model.get_submodule(rank.layer))) for rank in space.ranks]
+    side = _Side()
 
     def choose(subnet: Subnet) -> None:
-        for gate, dim, count in zip(gates, space.dims, space.canonical(subnet).units, strict=True):
+        one = space.canonical(subnet)
+        for gate, dim, count in zip(gates, space.dims, one.units, strict=True):
             gate.kept = None if count == dim.group.units else dim.order[:count]
-        for skip, on in zip(skips, subnet.on, strict=True):
+        for skip, on in zip(skips, one.on, strict=True):
             skip.off = not on
+        for projection, rank in zip(ranks, one.ranks, strict=True):
+            projection.rank = rank
+        side.pixels = one.pixels
 
     with ExitStack() as attached:
         for gate, dim in zip(gates, space.dims, strict=True):
@@ -37,6 +47,9 @@ def gated(model: nn.Module, space: Space) -> Iterator[Callable[[Subnet], None]]:
                 attached.enter_context(hook)
         for skip in skips:
             attached.enter_context(skip)
+        for projection in ranks:
+            attached.enter_context(projection.layer.register_forward_hook(projection.after))
+        attached.enter_context(model.register_forward_pre_hook(side.before))
         yield choose
 
 
@@ -82,6 +95,23 @@ class _Gate:
             return (x * masks[key].view(-1, *[1] * (x.ndim - 1 - dim)), *rest)
 
         return hook
+
+
+class _Side:
+    """The input: how large images are made."""
+
+    def __init__(self) -> None:
+        self.pixels = 0
+        """0: as they are."""
+
+    def before(self, model: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        """A forward pre-hook of the network."""
+        return (resized(inputs[0], self.pixels), *inputs[1:]) if self.pixels else None
+
+
+def resized(images: Tensor, pixels: int) -> Tensor:
+    """Images (B, C, H, W) with both sides `pixels`, smoothed first, as image libraries do."""
+    return F.interpolate(images, (pixels, pixels), mode="bilinear", antialias=True, align_corners=False)
 
 
 class _Skip:

@@ -1,8 +1,8 @@
 """Accuracy of subnets that were not evaluated: what each change costs alone, summed, and corrected by what was found.
 
-One evaluation for each choice of each width, and for each block left out; a subnet loses the sum. What that misses, for
-changes that go well or badly together, is learned from subnets that were really evaluated, by a ridge regression of the
-residuals.
+One evaluation for each choice of each width, rank and side of the input, and for each block left out; a subnet loses
+the sum. What that misses, for changes that go well or badly together, is learned from subnets that were really
+evaluated, by a ridge regression of the residuals.
 
 The rule: a correction is used once `FEWEST` subnets were evaluated, if it brings the root mean square residual down,
 each subnet being predicted by the correction fitted without it. All figures of quality are of those predictions.
@@ -29,16 +29,14 @@ Matrix = NDArray[np.float64]
 
 
 def singles(space: Space) -> list[Subnet]:
-    """The largest, and each that differs from it by one choice of one width or by one block."""
+    """The largest, and each that differs from it by one choice of one axis."""
     largest = space.largest
-    found = [largest]
-    for number, dim in enumerate(space.dims):
-        for count in dim.choices[1:]:
-            found.append(Subnet((*largest.units[:number], count, *largest.units[number + 1 :]), largest.on))
-    for number in range(len(space.blocks)):
-        one = Subnet(largest.units, (*largest.on[:number], False, *largest.on[number + 1 :]))
-        if space.allows(one):
-            found.append(one)
+    found, whole = [largest], space.chosen(largest)
+    for number, choices in enumerate(space.axes):
+        for choice in choices[1:]:
+            one = space.of((*whole[:number], choice, *whole[number + 1 :]))
+            if space.allows(one):
+                found.append(one)
     return found
 
 
@@ -78,7 +76,7 @@ class Predictor:
     top: float
     """Accuracy of the largest, in percent."""
     drops: Matrix
-    """Points lost by each change alone: of each width its choices but the first, then of each block."""
+    """Points lost by each change alone: of each axis of the space its choices but the first."""
     tau: float | None = None
     """Kendall's rank correlation with subnets really evaluated, none of which its own prediction was fitted on."""
     ridge: float | None = None
@@ -98,12 +96,18 @@ class Predictor:
 
     @property
     def table(self) -> dict[str, Any]:
-        """Points lost alone: name of a width -> units kept -> points, name of a block -> points."""
-        left = iter(self.drops.tolist())
+        """Points lost alone, by width, block, rank and `pixels`: what is chosen -> points; of a block the points."""
+        left, space = iter(self.drops.tolist()), self.space
         found: dict[str, Any] = {
-            dim.group.name: {str(count): round(next(left), 4) for count in dim.choices[1:]} for dim in self.space.dims
+            dim.group.name: {str(count): round(next(left), 4) for count in dim.choices[1:]} for dim in space.dims
         }
-        return found | {block.name: round(next(left), 4) for block in self.space.blocks}
+        found |= {block.name: round(next(left), 4) for block in space.blocks}
+        found |= {
+            f"rank of {rank.layer}": {str(one): round(next(left), 4) for one in rank.choices[1:]}
+            for rank in space.ranks
+        }
+        sides = {str(side): round(next(left), 4) for side in space.pixels[1:]}
+        return found | ({"pixels": sides} if sides else {})
 
     def predict(self, subnets: Sequence[Subnet]) -> Matrix:
         """Accuracy of each, in percent."""
@@ -145,11 +149,9 @@ def rank_correlation(predicted: Matrix, found: Matrix) -> float | None:
 
 def _changes(space: Space, subnets: Sequence[Subnet]) -> Matrix:
     """(subnets, changes): 1 where a subnet has a change, in the order of `Predictor.drops`."""
-    made = [space.canonical(one) for one in subnets]
-    units = np.array([one.units for one in made]).reshape(len(made), len(space.dims))
-    on = np.array([one.on for one in made], dtype=bool).reshape(len(made), len(space.blocks))
-    widths = [units[:, number] == count for number, dim in enumerate(space.dims) for count in dim.choices[1:]]
-    return np.stack([*widths, *~on.T], 1).astype(np.float64)
+    made = np.array([space.chosen(space.canonical(one)) for one in subnets]).reshape(len(subnets), len(space.axes))
+    changes = [made[:, number] == choice for number, choices in enumerate(space.axes) for choice in choices[1:]]
+    return np.stack(changes, 1).astype(np.float64) if changes else np.zeros((len(made), 0))
 
 
 def _columns(changes: Matrix, lost: Matrix, scale: tuple[float, float]) -> Matrix:

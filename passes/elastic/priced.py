@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Self, cast
@@ -15,11 +15,11 @@ from torch import nn
 
 from slim import costs, environment, store
 from slim.artifact import Step
-from slim.contract import Context, Meter
+from slim.contract import Context, Fed, Meter
 from slim.goal import Goal
 from slim.passes.elastic.blockwise import Blockwise
 from slim.passes.elastic.elastic import Elastic
-from slim.passes.elastic.extract import extract
+from slim.passes.elastic.extract import extract, fed
 from slim.passes.elastic.latency import LatencyModel, build
 from slim.passes.elastic.space import Space, Subnet
 from slim.passes.elastic.table import Origin, Row, as_table, is_finished, read_table, rows_of
@@ -60,9 +60,17 @@ class Priced:
     @cached_property
     def counted(self) -> Blockwise:
         """Parameters and multiply-accumulates."""
+
+        def count(subnet: Subnet) -> dict[str, int]:
+            made = self.cut_out(subnet)
+            return costs.count(made.model, made.input.size)
+
+        return Blockwise(self.space, count)
+
+    def cut_out(self, subnet: Subnet) -> Fed:
+        """A subnet, with the values that it has of the largest, and what it is fed."""
         assert self.context.backbone is not None  # Pass.__call__ set it
-        size = self.context.backbone.input.size
-        return Blockwise(self.space, lambda one: costs.count(extract(self.model, self.space, one), size))
+        return Fed(extract(self.model, self.space, subnet), fed(self.context.backbone.input, subnet.pixels))
 
     def costs(self, goal: Goal, table: str | None) -> tuple[Callable[[Subnet], float], dict[str, JsonValue]]:
         """What a subnet costs in the unit of `goal`, and what there is to say of a prediction."""
@@ -115,7 +123,7 @@ class Priced:
         """A model of latency, of whole subnets measured on the target; those in `rows_done` are not measured again."""
         return build(
             self.terms,
-            lambda one: meter.latency(extract(self.model, self.space, one)),
+            lambda one: meter.latency(self.cut_out(one)),
             self.origin(meter),
             seed=self.context.seed,
             rows_done=rows_done,
@@ -125,16 +133,20 @@ class Priced:
 
     @cached_property
     def terms(self) -> Terms:
-        """What latency is made of; widths and blocks of one build share a term."""
+        """What latency is made of; widths, blocks and ranks of one build share a term."""
         macs, largest = self.counted.of("macs"), self.space.largest
 
         def without(place: int) -> str:
             on = (*largest.on[:place], False, *largest.on[place + 1 :])
-            return f"{macs(Subnet(largest.units, on)):.0f}"
+            return f"{macs(replace(largest, on=on)):.0f}"
 
         def narrow(place: int) -> str:
-            fewest = self.space.dims[place].choices[-1]
-            return f"{macs(Subnet((*largest.units[:place], fewest, *largest.units[place + 1 :]), largest.on)):.0f}"
+            units = (*largest.units[:place], self.space.dims[place].choices[-1], *largest.units[place + 1 :])
+            return f"{macs(replace(largest, units=units)):.0f}"
+
+        def thin(place: int) -> str:
+            ranks = (*largest.ranks[:place], self.space.ranks[place].choices[-1], *largest.ranks[place + 1 :])
+            return f"{macs(replace(largest, ranks=ranks)):.0f}"
 
         builds = {
             dim.group.name: f"{build_of(self.model, dim.group)} {dim.choices} {narrow(place)}"
@@ -142,6 +154,10 @@ class Priced:
         }
         kinds = {block.name: type(self.model.get_submodule(block.name)).__name__ for block in self.space.blocks}
         builds |= {block.name: f"{kinds[block.name]} {without(n)}" for n, block in enumerate(self.space.blocks)}
+        builds |= {
+            rank.layer: f"{rank.rows} x {rank.columns} {rank.choices} {thin(n)}"
+            for n, rank in enumerate(self.space.ranks)
+        }
         return Terms(self.space, macs, builds)
 
 

@@ -173,16 +173,14 @@ def greedy(space: Space, predictor: Predictor, cost: Callable[[Subnet], float]) 
 
 
 def _steps(space: Space, here: Subnet) -> Iterator[Subnet]:
-    """One width narrower by one choice, or one block less."""
-    for number, dim in enumerate(space.dims):
-        narrower = [count for count in dim.choices if count < here.units[number]]
-        if narrower:
-            units = (*here.units[:number], max(narrower), *here.units[number + 1 :])
-            yield space.canonical(Subnet(units, here.on))
-    for number, there in enumerate(here.on):
-        without = space.canonical(Subnet(here.units, (*here.on[:number], False, *here.on[number + 1 :])))
-        if there and space.allows(without):
-            yield without
+    """One axis smaller by one choice."""
+    chosen = space.chosen(here)
+    for number, choices in enumerate(space.axes):
+        place = choices.index(chosen[number]) + 1
+        if place < len(choices):
+            one = space.canonical(space.of((*chosen[:number], choices[place], *chosen[number + 1 :])))
+            if space.allows(one):
+                yield one
 
 
 def _best_within(front: Sequence[Point], cost: float) -> float:

@@ -1,8 +1,9 @@
-"""Which widths and blocks of a network are elastic, and one network of the family.
+"""What of a network is elastic, and one network of the family.
 
 A width is the inner width of a block: hidden channels, units of an MLP, heads. What is kept of it is always the start
 of one fixed order, most important first, so that every smaller network lies within the larger ones, as in
-once-for-all networks (Cai et al. 2020, arXiv:1908.09791). The residual stream keeps its width.
+once-for-all networks (Cai et al. 2020, arXiv:1908.09791). The residual stream keeps its width. Besides widths there are
+blocks that may be left out, ranks of layers (see ranks.py), and the side of the input.
 """
 
 from __future__ import annotations
@@ -30,6 +31,20 @@ class Dim:
     """Its units, the most important first."""
 
 
+@dataclass(frozen=True)
+class Rank:
+    """One layer that may be two thinner ones."""
+
+    layer: str
+    """Dotted name."""
+    choices: tuple[int, ...]
+    """Ranks, descending; the first is 0: the layer as it is."""
+    rows: int
+    """Outputs of the layer."""
+    columns: int
+    """Inputs of one output."""
+
+
 @dataclass(frozen=True, order=True)
 class Subnet:
     """One network of the family."""
@@ -38,6 +53,10 @@ class Subnet:
     """Kept by each width, in the order of the space."""
     on: tuple[bool, ...]
     """Of each block whether it is there, in the order of the space."""
+    ranks: tuple[int, ...] = ()
+    """Of each layer whose rank is elastic, in the order of the space; 0 is the layer as it is."""
+    pixels: int = 0
+    """Side of the input; 0 is the network's own."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,16 +69,41 @@ class Space:
     """Of each stage, how many of its blocks stay at least."""
     left: Mapping[str, str]
     """What is not elastic, and why."""
+    ranks: tuple[Rank, ...] = ()
+    pixels: tuple[int, ...] = (0,)
+    """Sides of the input, descending; the first is 0: the network's own."""
 
     @property
     def largest(self) -> Subnet:
         """The network as it is."""
-        return Subnet(tuple(dim.group.units for dim in self.dims), (True,) * len(self.blocks))
+        return Subnet(tuple(dim.group.units for dim in self.dims), (True,) * len(self.blocks), (0,) * len(self.ranks))
 
     @property
     def smallest(self) -> Subnet:
         """The least of everything; of each stage's blocks those stay that lie evenly from the first to the last."""
-        return Subnet(tuple(dim.choices[-1] for dim in self.dims), self.ladder(self.fewest))
+        ranks = tuple(rank.choices[-1] for rank in self.ranks)
+        return Subnet(tuple(dim.choices[-1] for dim in self.dims), self.ladder(self.fewest), ranks, self.pixels[-1])
+
+    @cached_property
+    def axes(self) -> tuple[tuple[int, ...], ...]:
+        """Choices of all widths, blocks (1, 0), ranks and sides of the input, in this order, the whole first."""
+        return (
+            *(dim.choices for dim in self.dims),
+            *((1, 0) for _ in self.blocks),
+            *(rank.choices for rank in self.ranks),
+            self.pixels,
+        )
+
+    def chosen(self, subnet: Subnet) -> tuple[int, ...]:
+        """What a subnet has chosen of each axis."""
+        return (*subnet.units, *map(int, subnet.on), *subnet.ranks, subnet.pixels)
+
+    def of(self, chosen: Sequence[int]) -> Subnet:
+        """The subnet that has chosen so of each axis."""
+        blocks = len(self.dims)
+        ranks = blocks + len(self.blocks)
+        on = tuple(bool(one) for one in chosen[blocks:ranks])
+        return Subnet(tuple(chosen[:blocks]), on, tuple(chosen[ranks:-1]), chosen[-1])
 
     @cached_property
     def stages(self) -> tuple[tuple[int, ...], ...]:
@@ -81,31 +125,73 @@ class Space:
 
     @cached_property
     def _within(self) -> tuple[int | None, ...]:
-        names = [f"{block.name}." for block in self.blocks]
+        return tuple(self._block_of(dim.group.name) for dim in self.dims)
+
+    @cached_property
+    def _ranks_within(self) -> tuple[int | None, ...]:
+        return tuple(self._block_of(rank.layer) for rank in self.ranks)
+
+    @cached_property
+    def _sides(self) -> tuple[tuple[int | None, int | None], ...]:
+        """Of each rank, the numbers of the widths that its layer makes and reads."""
+        groups = [dim.group for dim in self.dims]
         return tuple(
-            next((number for number, name in enumerate(names) if dim.group.name.startswith(name)), None)
-            for dim in self.dims
+            (
+                next((n for n, group in enumerate(groups) if rank.layer in group.makers), None),
+                next((n for n, group in enumerate(groups) if rank.layer in group.readers), None),
+            )
+            for rank in self.ranks
         )
+
+    def _block_of(self, layer: str) -> int | None:
+        return next((n for n, block in enumerate(self.blocks) if layer.startswith(f"{block.name}.")), None)
 
     def within(self, dim: int) -> int | None:
         """Number of the block that a width lies in; none where it lies in none that may be left out."""
         return self._within[dim]
 
+    def rank_within(self, rank: int) -> int | None:
+        """Number of the block that a rank's layer lies in; none where it lies in none that may be left out."""
+        return self._ranks_within[rank]
+
     def canonical(self, subnet: Subnet) -> Subnet:
-        """The same network, with widths in blocks that are not there counted as whole: equal networks are equal."""
-        units = [
+        """The same network, with nothing said of blocks that are not there: equal networks are equal.
+
+        A layer stays one where two would not be smaller, for others have made it narrow.
+        """
+        units = tuple(
             count if block is None or subnet.on[block] else dim.group.units
             for dim, count, block in zip(self.dims, subnet.units, self._within, strict=True)
-        ]
-        return Subnet(tuple(units), subnet.on)
+        )
+        ranks = tuple(
+            count if (block is None or subnet.on[block]) and self._pays(number, count, units) else 0
+            for number, (count, block) in enumerate(zip(subnet.ranks, self._ranks_within, strict=True))
+        )
+        return Subnet(units, subnet.on, ranks, subnet.pixels)
+
+    def share_of(self, rank: int, subnet: Subnet) -> float:
+        """What two layers of the subnet's rank cost, as a share of the one, with the widths that the subnet has."""
+        count, (rows, columns) = subnet.ranks[rank], self._size(rank, subnet.units)
+        return count * (rows + columns) / (rows * columns) if count else 1.0
+
+    def _pays(self, rank: int, count: int, units: Sequence[int]) -> bool:
+        rows, columns = self._size(rank, units)
+        return count * (rows + columns) < rows * columns
+
+    def _size(self, rank: int, units: Sequence[int]) -> tuple[float, float]:
+        """Rows and columns of a layer's weight when the widths keep so many units."""
+        makes, reads = (
+            1.0 if number is None else units[number] / self.dims[number].group.units for number in self._sides[rank]
+        )
+        return self.ranks[rank].rows * makes, self.ranks[rank].columns * reads
 
     def allows(self, subnet: Subnet) -> bool:
-        """Whether every width is one of its choices, and every stage keeps its fewest."""
+        """Whether each axis has one of its choices, and every stage keeps its fewest."""
         there = [0] * len(self.fewest)
         for block, on in zip(self.blocks, subnet.on, strict=True):
             there[block.stage] += on
-        widths = all(count in dim.choices for dim, count in zip(self.dims, subnet.units, strict=True))
-        return widths and all(count >= least for count, least in zip(there, self.fewest, strict=True))
+        known = all(one in choices for one, choices in zip(self.chosen(subnet), self.axes, strict=True))
+        return known and all(count >= least for count, least in zip(there, self.fewest, strict=True))
 
     def kept(self, subnet: Subnet) -> list[tuple[Group, list[int]]]:
         """Widths that are narrower, with the units that stay, ascending."""
@@ -119,6 +205,11 @@ class Space:
     def skipped(self, subnet: Subnet) -> list[str]:
         """Blocks that are not there."""
         return [block.name for block, on in zip(self.blocks, subnet.on, strict=True) if not on]
+
+    def factored(self, subnet: Subnet) -> dict[str, int]:
+        """Layers that are two, and their rank."""
+        ranks = self.canonical(subnet).ranks
+        return {one.layer: rank for one, rank in zip(self.ranks, ranks, strict=True) if rank}
 
     def as_plan(self) -> dict[str, JsonValue]:
         """Plain JSON, without the groups, which are found again by name."""
@@ -136,6 +227,11 @@ class Space:
             },
             "blocks": {block.name: block.stage for block in self.blocks},
             "fewest": [*self.fewest],
+            "ranks": {
+                rank.layer: {"choices": [*rank.choices], "rows": rank.rows, "columns": rank.columns}
+                for rank in self.ranks
+            },
+            "pixels": [*self.pixels],
             "left": {name: self.left[name] for name in sorted(self.left)},
         }
 
@@ -161,4 +257,9 @@ class Space:
             tuple(Block(name, stage) for name, stage in plan["blocks"].items()),
             tuple(plan["fewest"]),
             dict(plan["left"]),
+            tuple(
+                Rank(name, tuple(entry["choices"]), entry["rows"], entry["columns"])
+                for name, entry in plan["ranks"].items()
+            ),
+            tuple(plan["pixels"]),
         )

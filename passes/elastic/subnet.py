@@ -14,9 +14,10 @@ from dataclasses import dataclass, replace
 from typing import Any, ClassVar, cast
 
 from pydantic import Field, JsonValue, field_validator
-from torch import nn
+from torch import Tensor, nn
 
 from slim import surgery
+from slim.artifact import Preprocessing
 from slim.contract import Context, Pass, Plan, Role
 from slim.distributed import is_main
 from slim.errors import PassError
@@ -24,14 +25,15 @@ from slim.goal import parse_goal
 from slim.passes.elastic import search
 from slim.passes.elastic.archive import Front
 from slim.passes.elastic.blocks import leave_out
-from slim.passes.elastic.examine import Repair, images_for_statistics, mend
-from slim.passes.elastic.extract import extract
+from slim.passes.elastic.examine import Repair, images_for_statistics, mend, statistics_count
+from slim.passes.elastic.extract import fed
 from slim.passes.elastic.family import Family, apart, as_figures
 from slim.passes.elastic.priced import elastic_of
+from slim.passes.elastic.ranks import split
 from slim.passes.elastic.space import Space, Subnet
 from slim.passes.elastic.subnets import as_json
 from slim.passes.elastic.table import read_table
-from slim.passes.prune.choose import apply, outputs_kept, ranges
+from slim.passes.prune.choose import apply, outputs_kept, ranges, stays_of
 from slim.passes.prune.groups import attributes, positions
 from slim.passes.reach import Unreachable, Words, cost_of, reach
 
@@ -40,6 +42,7 @@ class BestSubnet(Pass):
     """Cut the best subnet under a budget out of an elastic network."""
 
     name: ClassVar[str] = "subnet"
+    version: ClassVar[int] = 2
     role: ClassVar[Role] = "structure"
     needs: ClassVar[frozenset[str]] = frozenset({"supernet", "float"})
     gives: ClassVar[frozenset[str]] = frozenset({"dense"})
@@ -82,11 +85,16 @@ class BestSubnet(Pass):
             return {}
         return {"table": hashlib.sha256(json.dumps(read_table(self.table), sort_keys=True).encode()).hexdigest()}
 
+    @classmethod
+    def migrate(cls, version: int, config: dict[str, Any], plan: Plan) -> tuple[dict[str, Any], Plan] | None:
+        """Version 1 cut widths and blocks alone."""
+        return (config, {**plan, "ranks": {}, "pixels": 0}) if version == 1 else None
+
     def plan(self, model: nn.Module, context: Context) -> Plan:
         """What stays of every tensor, and which blocks are not there."""
         family = Family.of(model, context, repair=self.repair)
         goal = parse_goal(self.to)
-        before = cost_of(goal, model, context, self.name)
+        before = cost_of(goal, context.fed(model), context, self.name)
         if before <= goal.limit_of(before):
             raise PassError(f"subnet: --to {self.to}: the whole network meets it; ask for less")
         cost, said = family.costs(goal, self.table)
@@ -97,11 +105,13 @@ class BestSubnet(Pass):
         chosen, figures = reach(
             goal,
             Found(front, cost, family.space),
-            model,
-            lambda one: extract(model, family.space, one),
+            context.fed(model),
+            family.cut_out,
             context,
             words,
         )
+        assert context.backbone is not None  # Pass.__call__ set it
+        context.memo["input"] = context.backbone.input
         return {
             **plan_of(model, family.space, chosen),
             "subnet": as_json(chosen),
@@ -110,10 +120,16 @@ class BestSubnet(Pass):
         }
 
     def rewrite(self, model: nn.Module, plan: Plan) -> nn.Module:
-        """Narrower layers and fewer blocks, with the values of what stays."""
+        """Narrower layers, thinner pairs and fewer blocks, with the values of what stays."""
+        put = split(model, cast(dict[str, int], plan["ranks"]))
         apply(model, plan)
+        put(model, stays_of(plan))
         leave_out(model, cast(list[str], plan["skipped"]))
         return model
+
+    def feeds(self, given: Preprocessing, plan: Plan) -> Preprocessing:
+        """Smaller images, where the subnet takes them."""
+        return fed(given, cast(int, plan["pixels"]))
 
     def fit(self, model: nn.Module, teacher: nn.Module, context: Context) -> dict[str, JsonValue] | None:
         """Repair in closed form; rank 0's values go to every process."""
@@ -123,9 +139,15 @@ class BestSubnet(Pass):
         kept = outputs_kept(context.plan)
         readers = [name for group in groups.values() for name in group["layers"]["reads"]]
         _, trained = elastic_of(context)
-        images = images_for_statistics(teacher, replace(context, data=apart(context, trained)))
+        context, given = replace(context, data=apart(context, trained)), cast(Preprocessing, context.memo["input"])
+        count = statistics_count(teacher, given)
+
+        def images(pixels: int) -> Tensor:
+            return images_for_statistics(context, fed(given, pixels), count)
+
+        pairs, pixels = [*cast(dict[str, int], context.plan["ranks"])], cast(int, context.plan["pixels"])
         with surgery.on_device(context.device, model, teacher):
-            return mend(model, teacher, kept, readers, images.to(context.device), self.repair)
+            return mend(model, teacher, kept, readers, pairs, images, pixels, self.repair)
 
 
 @dataclass(frozen=True, eq=False)
@@ -164,7 +186,7 @@ class Found:
 
 
 def plan_of(model: nn.Module, space: Space, chosen: Subnet) -> Plan:
-    """What is cut out, in the form of prune's plans, and the blocks that go."""
+    """What is cut out, in the form of prune's plans; blocks that go, layers that become two, the input's side."""
     kept = space.kept(chosen)
     stays = positions(model.state_dict(), kept)
     return {
@@ -182,4 +204,6 @@ def plan_of(model: nn.Module, space: Space, chosen: Subnet) -> Plan:
         "keep": {key: {str(dim): ranges(some) for dim, some in dims.items()} for key, dims in stays.items()},
         "attributes": cast(JsonValue, attributes([(group, len(units)) for group, units in kept])),
         "skipped": [*space.skipped(chosen)],
+        "ranks": {**space.factored(chosen)},
+        "pixels": chosen.pixels,
     }

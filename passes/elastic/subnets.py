@@ -6,6 +6,7 @@ Every one is allowed and canonical; all randomness comes from the generator give
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from random import Random
 from typing import Any
 
@@ -14,20 +15,24 @@ from pydantic import JsonValue
 from slim.passes.elastic.space import Space, Subnet
 
 MUTATION = 0.2
-"""Probability that a width or block is drawn anew; that of AttentiveNAS (Wang et al. 2021, arXiv:2011.09011)."""
+"""Probability that a choice is drawn anew; that of AttentiveNAS (Wang et al. 2021, arXiv:2011.09011)."""
 
 
 def ladder(space: Space, rungs: int) -> list[Subnet]:
-    """From the largest to the smallest, everything narrowed at one pace; both included."""
+    """From the largest to the smallest, everything made smaller at one pace; both included."""
     found = []
     for rung in range(rungs):
         share = rung / (rungs - 1)
-        units = tuple(dim.choices[round(share * (len(dim.choices) - 1))] for dim in space.dims)
+
+        def at(choices: Sequence[int], share: float = share) -> int:
+            return choices[round(share * (len(choices) - 1))]
+
+        units, ranks = tuple(at(dim.choices) for dim in space.dims), tuple(at(rank.choices) for rank in space.ranks)
         counts = [
             len(blocks) - round(share * (len(blocks) - least))
             for blocks, least in zip(space.stages, space.fewest, strict=True)
         ]
-        found.append(space.canonical(Subnet(units, space.ladder(counts))))
+        found.append(space.canonical(Subnet(units, space.ladder(counts), ranks, at(space.pixels))))
     return list(dict.fromkeys(found))
 
 
@@ -38,45 +43,53 @@ def drawn(space: Space, rng: Random) -> Subnet:
     def steps(most: int) -> int:
         return sum(rng.random() < share for _ in range(most))
 
-    units = tuple(dim.choices[steps(len(dim.choices) - 1)] for dim in space.dims)
+    def one_of(choices: Sequence[int]) -> int:
+        return choices[steps(len(choices) - 1)]
+
+    units = tuple(one_of(dim.choices) for dim in space.dims)
     on = [True] * len(space.blocks)
     for blocks, least in zip(space.stages, space.fewest, strict=True):
         for number in rng.sample(blocks, steps(len(blocks) - least)):
             on[number] = False
-    return space.canonical(Subnet(units, tuple(on)))
+    ranks = tuple(one_of(rank.choices) for rank in space.ranks)
+    return space.canonical(Subnet(units, tuple(on), ranks, one_of(space.pixels)))
 
 
 def mutated(space: Space, subnet: Subnet, rng: Random) -> Subnet:
-    """One with some widths and blocks drawn anew."""
-    units = [
-        rng.choice(dim.choices) if rng.random() < MUTATION else count
-        for dim, count in zip(space.dims, subnet.units, strict=True)
+    """One with some of its choices drawn anew."""
+    chosen = [
+        rng.choice(choices) if len(choices) > 1 and rng.random() < MUTATION else one
+        for choices, one in zip(space.axes, space.chosen(subnet), strict=True)
     ]
-    on = [rng.random() < 0.5 if rng.random() < MUTATION else one for one in subnet.on]
-    return _allowed(space, units, on, rng)
+    return _allowed(space, space.of(chosen), rng)
 
 
 def crossed(space: Space, one: Subnet, other: Subnet, rng: Random) -> Subnet:
-    """One that has each width and block from either of two."""
-    units = [rng.choice(pair) for pair in zip(one.units, other.units, strict=True)]
-    on = [rng.choice(pair) for pair in zip(one.on, other.on, strict=True)]
-    return _allowed(space, units, on, rng)
+    """One that has each choice from either of two."""
+    chosen = [rng.choice(pair) for pair in zip(space.chosen(one), space.chosen(other), strict=True)]
+    return _allowed(space, space.of(chosen), rng)
 
 
 def as_json(subnet: Subnet) -> dict[str, JsonValue]:
     """Plain JSON."""
-    return {"units": [*subnet.units], "on": [*subnet.on]}
+    return {"units": [*subnet.units], "on": [*subnet.on], "ranks": [*subnet.ranks], "pixels": subnet.pixels}
 
 
 def from_json(data: Mapping[str, Any]) -> Subnet:
     """What `as_json` wrote."""
-    return Subnet(tuple(int(count) for count in data["units"]), tuple(bool(one) for one in data["on"]))
+    return Subnet(
+        tuple(int(count) for count in data["units"]),
+        tuple(bool(one) for one in data["on"]),
+        tuple(int(rank) for rank in data["ranks"]),
+        int(data["pixels"]),
+    )
 
 
-def _allowed(space: Space, units: Sequence[int], on: list[bool], rng: Random) -> Subnet:
+def _allowed(space: Space, subnet: Subnet, rng: Random) -> Subnet:
     """With blocks put back, drawn at random, where a stage has too few."""
+    on = [*subnet.on]
     for blocks, least in zip(space.stages, space.fewest, strict=True):
         off = [number for number in blocks if not on[number]]
         for number in rng.sample(off, max(0, least - (len(blocks) - len(off)))):
             on[number] = True
-    return space.canonical(Subnet(tuple(units), tuple(on)))
+    return space.canonical(replace(subnet, on=tuple(on)))

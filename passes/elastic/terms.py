@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from random import Random
 
 import numpy as np
@@ -34,25 +35,37 @@ class Terms:
         Args:
             space: of the subnets.
             macs: multiply-accumulates of a subnet.
-            builds: group or block by name -> what it is built like. Those built alike share one term.
+            builds: group, block or layer by name -> what it is built like. Those built alike share one term.
         """
         named = builds or {}
         self.space, self.macs, self.most = space, macs, macs(space.largest)
         dims = [f"width {named.get(dim.group.name, dim.group.name)}" for dim in space.dims]
         blocks = [f"block {named.get(block.name, block.name)}" for block in space.blocks]
-        self.names = (*dict.fromkeys([*dims, *blocks]), "macs", "constant")
-        self._dims, self._blocks = [self.names.index(one) for one in dims], [self.names.index(one) for one in blocks]
+        ranks = [f"rank {named.get(rank.layer, rank.layer)}" for rank in space.ranks]
+        pairs = ["pairs"] if ranks else []
+        self.names = (*dict.fromkeys([*dims, *blocks, *ranks, *pairs]), "macs", "constant")
+        self._dims, self._blocks, self._ranks = (
+            [self.names.index(one) for one in some] for some in (dims, blocks, ranks)
+        )
+        self._areas = {side: macs(replace(space.largest, pixels=side)) / self.most for side in space.pixels}
 
     def __call__(self, given: Sequence[Subnet]) -> NDArray[np.float64]:
-        """(subnets, terms): how much of each term a subnet has."""
+        """(subnets, terms): how much of each term a subnet has; less of all with smaller images, but for a constant."""
+        space = self.space
         found = np.zeros((len(given), len(self.names)))
-        for row, subnet in zip(found, given, strict=True):
-            for number, (term, dim) in enumerate(zip(self._dims, self.space.dims, strict=True)):
-                block = self.space.within(number)
+        for row, subnet in zip(found, map(space.canonical, given), strict=True):
+            for number, (term, dim) in enumerate(zip(self._dims, space.dims, strict=True)):
+                block = space.within(number)
                 if block is None or subnet.on[block]:
                     row[term] += subnet.units[number] / dim.group.units
             for term, there in zip(self._blocks, subnet.on, strict=True):
                 row[term] += there
+            for number, term in enumerate(self._ranks):
+                block = space.rank_within(number)
+                if block is None or subnet.on[block]:
+                    row[term] += space.share_of(number, subnet)
+                    row[-3] += subnet.ranks[number] > 0
+            row *= self._areas[subnet.pixels]
             row[-2:] = self.macs(subnet) / self.most, 1.0
         return found
 

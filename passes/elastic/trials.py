@@ -159,8 +159,8 @@ class Trials:
 def digest_of(space: Space) -> str:
     """Twelve hex digits that are equal for equal spaces."""
     plan: dict[str, Any] = {name: value for name, value in space.as_plan().items() if name != "left"}
-    # As pairs: the order of widths and blocks is what the figures of a subnet refer to.
-    plan |= {name: [*plan[name].items()] for name in ("dims", "blocks")}
+    # As pairs: their order is what the figures of a subnet refer to.
+    plan |= {name: [*plan[name].items()] for name in ("dims", "blocks", "ranks")}
     return hashlib.sha256(json.dumps(plan).encode()).hexdigest()[:12]
 
 

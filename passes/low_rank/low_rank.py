@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from slim import surgery
 from slim.artifact import Step
-from slim.contract import Context, Pass, Plan, Role
+from slim.contract import Context, Fed, Pass, Plan, Role
 from slim.distributed import is_main
 from slim.errors import PassError
 from slim.goal import parse_goal
@@ -107,7 +107,7 @@ class LowRank(Pass):
     def plan(self, model: nn.Module, context: Context) -> Plan:
         """Scheme and rank of every layer that pays, and for every other layer why it stays dense."""
         assert context.backbone is not None  # Pass.__call__ set it
-        done = frozenset(name for step in context.history if step.name == self.name for name in _factored_by(step))
+        done = frozenset(name for step in context.history for name in _factored_by(step))
         found, dense = candidates(
             model, context.backbone.input.size, min_width=self.min_width, skip=self.skip, factored=done
         )
@@ -234,7 +234,7 @@ class LowRank(Pass):
         rule: Select = self.select or ("knapsack" if goal.timed else "greedy")
         trained: dict[str, JsonValue] = {}
         if rule == "gated":
-            before = cost_of(goal, model, context, self.name)
+            before = cost_of(goal, context.fed(model), context, self.name)
             share, by_params = goal.limit_of(before) / before, goal.metric in ("params", "size")
             ways, trained = gates.close_gates(
                 model, ladders, share, self._gate_training, context, metric="params" if by_params else "macs"
@@ -244,15 +244,15 @@ class LowRank(Pass):
         meter = meter_of(goal, context, self.name) if goal.measured else None
         found = offers(goal, ladders, rule=rule, align=self.align, guard=self.guard, meter=meter)
 
-        def build(choices: Sequence[int]) -> nn.Module:
+        def build(choices: Sequence[int]) -> Fed:
             chosen = [pick for pick in found.chosen(choices) if pick is not None]
             network = self.rewrite(copy.deepcopy(model), {"layers": {pick.name: _entry(pick) for pick in chosen}})
             for pick in chosen:  # timed with the values it will have
                 _fill(cast(nn.Sequential, network.get_submodule(pick.name)), pick, None)
-            return network
+            return context.fed(network)
 
         words = Words(self.name, "ranks", "lower min_width or skip less")
-        choices, figures = reach(goal, found, model, build, context, words)
+        choices, figures = reach(goal, found, context.fed(model), build, context, words)
         return found.chosen(choices), {"select": rule, **figures, **({"gates": trained} if trained else {})}
 
     @property
@@ -306,5 +306,7 @@ def _entry(pick: Pick) -> dict[str, JsonValue]:
 
 
 def _factored_by(step: Step) -> Iterator[str]:
-    layers: Any = step.plan["layers"]
-    yield from layers
+    """Layers that a step made two of: one of this pass, or one that cut out a subnet of lower rank."""
+    if step.name in ("low-rank", "subnet"):
+        layers: Any = step.plan["layers" if step.name == "low-rank" else "ranks"]
+        yield from layers

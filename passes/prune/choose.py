@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, JsonValue
 from torch import nn
 
 from slim import surgery
-from slim.contract import Context, Plan
+from slim.contract import Context, Fed, Plan
 from slim.errors import PassError
 from slim.goal import Goal, parse_goal
 from slim.passes import calibration
@@ -100,13 +100,13 @@ class Chooser:
             self._by_share(goal),
         )
 
-        def build(units: Units) -> nn.Module:
+        def build(units: Units) -> Fed:
             smaller = copy.deepcopy(self.model)
             apply(smaller, self.plan(units))
-            return smaller
+            return self.context.fed(smaller)
 
         words = Words(self.name, "widths", "lower floor, skip less, or try scope all")
-        units, figures = reach(goal, found, self.model, build, self.context, words)
+        units, figures = reach(goal, found, self.context.fed(self.model), build, self.context, words)
         return {**self.plan(units), "budget": {"ranking": self.given.ranking or "global", **figures}}
 
     def plan(self, units: Units, whole: str = SPARED) -> Plan:
@@ -156,7 +156,7 @@ class Chooser:
             )
         groups = [one.group for one in self.ranked]
         sides = densities.sides_of(self.model, groups)
-        share = goal.share or goal.limit_of(1.0) / cost_of(goal, self.model, self.context, self.name)
+        share = goal.share or goal.limit_of(1.0) / cost_of(goal, self.context.fed(self.model), self.context, self.name)
         found = densities.densities(self.model, [*sides], self.size, min(share, 1.0), rule)
         weights = {name: float(cast(Any, self.model.get_submodule(name)).weight.numel()) for name in sides}
         logs = densities.log_widths(found, sides, weights)
@@ -165,16 +165,19 @@ class Chooser:
 
 def apply(model: nn.Module, plan: Plan) -> None:
     """Cut out, in place, what a plan does not keep."""
-    keep: Any = plan["keep"]
     says: Any = plan["attributes"]
-    stays = {key: {int(dim): numbers(some) for dim, some in dims.items()} for key, dims in keep.items()}
-    cut(model, stays, says)
+    cut(model, stays_of(plan), says)
+
+
+def stays_of(plan: Plan) -> surgery.Positions:
+    """What a plan keeps of the tensors that it cuts."""
+    keep: Any = plan["keep"]
+    return {key: {int(dim): numbers(some) for dim, some in dims.items()} for key, dims in keep.items()}
 
 
 def outputs_kept(plan: Plan) -> dict[str, list[int]]:
     """Layer or norm -> channels of its output that a plan keeps, where some are cut out."""
-    keep: Any = plan["keep"]
-    return {key.rpartition(".")[0]: numbers(dims["0"]) for key, dims in keep.items() if "0" in dims}
+    return {key.rpartition(".")[0]: dims[0] for key, dims in stays_of(plan).items() if 0 in dims}
 
 
 def entry(one: Ranked, kept: Sequence[int]) -> dict[str, JsonValue]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from slim.artifact import Artifact, Step
 from slim.bench import layers_chart
 from slim.bench.decisions import SENTENCES, Decision, decisions
 from slim.bench.explain import LayerRow, layers
+from slim.contract import Fed
 from slim.passes import PASSES
 from slim.passes.low_rank import LowRank
 from tests.contract import zoo
@@ -30,6 +32,10 @@ def low_rank() -> tuple[Artifact, Artifact]:
     """A network before and after."""
     before = zoo.artifact("resnet")
     return before, LowRank(**zoo.BLIND, min_width=zoo.WIDE, ratio=0.5, skip=("layer1.*",))(before)
+
+
+def fed(artifact: Artifact) -> Fed:
+    return Fed(artifact.model(), artifact.backbone.input)
 
 
 def step(name: str, plan: dict[str, Any]) -> Step:
@@ -165,7 +171,7 @@ def test_a_layer_is_of_the_last_kind_that_changed_it_and_reasons_to_leave_it_are
 
 def test_rows_have_the_layers_before_and_what_is_left_of_them(low_rank: tuple[Artifact, Artifact]) -> None:
     before, after = low_rank
-    rows = {one.name: one for one in layers(after, before.model(), valued=True)}
+    rows = {one.name: one for one in layers(after, fed(before), valued=True)}
     state = after.state
     plan: Any = after.history[0].plan
     assert plan["layers"]
@@ -186,17 +192,26 @@ def test_rows_have_the_layers_before_and_what_is_left_of_them(low_rank: tuple[Ar
 @pytest.mark.parametrize("name", ["resnet", "mobilenet", "vit"])
 def test_macs_of_the_layers_are_those_that_are_counted(name: str) -> None:
     artifact = zoo.artifact(name)
-    found = sum(one.macs for one in layers(artifact, artifact.model(), valued=True))
+    found = sum(one.macs for one in layers(artifact, fed(artifact), valued=True))
     # Attention multiplies queries with keys and weights with values, for which no layer is there: 2 blocks of
     # 3 heads, 17 tokens, 16 dims, twice.
     attention = 2 * 2 * 3 * 17 * 17 * 16 if name == "vit" else 0
     assert found + attention == artifact.costs["macs"]
 
 
+def test_macs_are_those_of_the_size_that_the_network_before_compression_was_fed() -> None:
+    before = zoo.artifact("resnet")
+    smaller = before.backbone.input.model_copy(update={"size": (3, 16, 16)})
+    after = replace(before, backbone=before.backbone.model_copy(update={"input": smaller}))
+    assert (
+        sum(one.macs for one in layers(after, fed(before), valued=True)) == before.costs["macs"] > after.costs["macs"]
+    )
+
+
 def test_kernels_are_measured_as_they_were_or_as_they_are(low_rank: tuple[Artifact, Artifact]) -> None:
     before, after = low_rank
     factored: Any = after.history[0].plan["layers"]
-    known = {one.name: one for one in layers(after, before.model(), valued=True)}
+    known = {one.name: one for one in layers(after, fed(before), valued=True)}
     assert all(one.sparsity is not None and one.orthogonality is not None for one in known.values())
     for one in known.values():
         assert (one.entropy is not None) == (one.before[2:] in ((3, 3), (7, 7)))
@@ -205,7 +220,8 @@ def test_kernels_are_measured_as_they_were_or_as_they_are(low_rank: tuple[Artifa
     ratios = [one.entropy_ratio for one in known.values() if one.entropy_ratio is not None]
     assert len(ratios) > 3
     assert all(0.95 < ratio < 1.05 for ratio in ratios)
-    unknown = {one.name: one for one in layers(after, before.backbone.build(), valued=False)}
+    fresh = Fed(before.backbone.build(), before.backbone.input)
+    unknown = {one.name: one for one in layers(after, fresh, valued=False)}
     for name, one in unknown.items():
         assert (one.sparsity is None) == (name in factored)
     # Layers that were left have their values still, so both ways say the same.
@@ -216,7 +232,7 @@ def test_a_layer_that_became_part_of_another_has_nothing_in_its_place() -> None:
     artifact = zoo.artifact("resnet")
     dense = artifact.model()
     dense.add_module("more", torch.nn.Linear(4, 4))
-    found = {one.name: one for one in layers(artifact, dense, valued=True)}["more"]
+    found = {one.name: one for one in layers(artifact, Fed(dense, artifact.backbone.input), valued=True)}["more"]
     assert (found.after, found.kept, found.macs) == ((), 0, 0)
 
 
@@ -303,8 +319,8 @@ def test_a_run_is_explained_with_the_kernels_before_compression(call: Any, finis
     rows = [
         LayerRow.model_validate({k: v for k, v in one.items() if k not in ("kept", "kind")}) for one in found["layers"]
     ]
-    trained = store.load(root / "steps" / "01-finetune").model()
-    assert rows == layers(store.load(root / "final"), trained, valued=True)
+    trained = store.load(root / "steps" / "01-finetune")
+    assert rows == layers(store.load(root / "final"), fed(trained), valued=True)
     assert [one["kind"] for one in found["layers"]] == [one.kind for one in rows]
     assert "low-rank" in {one.kind for one in rows}
     # A step that was not the last one is explained as well, and a run without compression has nothing before it.

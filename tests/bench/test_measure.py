@@ -10,11 +10,12 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from slim.artifact import Artifact, Backbone, Preprocessing
 from slim.bench import latency, measure
 from slim.bench.measure import TargetMeter, measure_accuracy
-from slim.contract import Meter
+from slim.contract import Fed, Meter
 from slim.data import Data, open_data
 from slim.errors import DataError, ParityError
 from slim.export.target import Target
@@ -42,7 +43,7 @@ def digits() -> Data:
 @pytest.fixture(scope="module")
 def shared(digits: Data, tmp_path_factory: pytest.TempPathFactory) -> TargetMeter:
     """A meter that only tests which change nothing on disk use."""
-    return TargetMeter(TARGET, BACKBONE.input, digits, tmp_path_factory.mktemp("exported"))
+    return TargetMeter(TARGET, digits, tmp_path_factory.mktemp("exported"))
 
 
 @pytest.fixture
@@ -73,7 +74,7 @@ def test_it_is_the_meter_that_passes_know(shared: TargetMeter) -> None:
 
 
 def test_each_question_about_a_network_is_answered_once(digits: Data, counted: list[str], tmp_path: Path) -> None:
-    meter = TargetMeter(TARGET, BACKBONE.input, digits, tmp_path)
+    meter = TargetMeter(TARGET, digits, tmp_path)
     first, second = network(0), network(1)
     answers = [
         (
@@ -93,37 +94,84 @@ def test_each_question_about_a_network_is_answered_once(digits: Data, counted: l
     assert counted.count("compare") == 2
 
 
-def test_a_bare_module_has_the_figures_of_the_artifact_with_its_values(
+def test_a_module_fed_alike_has_the_figures_of_the_artifact_with_its_values(
     digits: Data, counted: list[str], tmp_path: Path
 ) -> None:
-    meter = TargetMeter(TARGET, BACKBONE.input, digits, tmp_path)
+    meter = TargetMeter(TARGET, digits, tmp_path)
     artifact = network(0)
     for question in (meter.size, meter.parity, meter.latency, meter.accuracy):
-        assert question(artifact.model()) == question(artifact)
+        assert question(Fed(artifact.model(), BACKBONE.input)) == question(artifact)
     assert [counted.count(name) for name in ("parity", "latency", "measure_accuracy")] == [1, 1, 1]
 
 
 def test_a_changed_module_is_another_network(shared: TargetMeter) -> None:
     model = network(0).model()
-    before = shared.export(model)
+    before = shared.export(Fed(model, BACKBONE.input))
     with torch.no_grad():
         model.get_parameter("head.bias")[0] += 100
-    after = shared.export(model)
+    after = shared.export(Fed(model, BACKBONE.input))
     assert after.sha256 != before.sha256
     # It now sees the first class in every image; a fresh network cannot.
     labels = shared.data.split("val").labels if shared.data else ()
-    assert shared.accuracy(model).value == pytest.approx(100 * labels.count(0) / len(labels))
+    assert shared.accuracy(Fed(model, BACKBONE.input)).value == pytest.approx(100 * labels.count(0) / len(labels))
+
+
+def predicted(network: Artifact | Fed, fed: Preprocessing, digits: Data) -> tuple[list[int], list[int]]:
+    """What torch says of the validation images when it is fed so, and their labels."""
+    model = network.model() if isinstance(network, Artifact) else network.model
+    batches = list(digits.eval_batches("val", fed, batch_size=100))
+    images, labels = (torch.cat(parts) for parts in zip(*batches, strict=True))
+    with torch.inference_mode():
+        return model(images).argmax(1).tolist(), labels.tolist()
 
 
 def test_accuracy_is_that_of_torch_on_the_whole_split(shared: TargetMeter, digits: Data) -> None:
-    artifact = network(0)
-    batches = list(digits.eval_batches("val", BACKBONE.input, batch_size=100))
-    images, labels = (torch.cat(parts) for parts in zip(*batches, strict=True))
-    with torch.inference_mode():
-        hits = (artifact.model()(images).argmax(1) == labels).float()
-    found = shared.accuracy(artifact)
-    assert found.samples == tuple(hits.tolist())
-    assert (found.n, found.value) == (70, pytest.approx(100 * float(hits.mean())))
+    answers, labels = predicted(network(0), BACKBONE.input, digits)
+    hits = [float(one == label) for one, label in zip(answers, labels, strict=True)]
+    found = shared.accuracy(network(0))
+    assert found.samples == tuple(hits)
+    assert (found.n, found.value) == (70, pytest.approx(100 * sum(hits) / 70))
+
+
+# Fed otherwise
+
+
+@pytest.fixture(scope="module")
+def convolutions() -> nn.Module:
+    """Takes images of any size."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        layers = (nn.Conv2d(3, 8, 3, stride=2), nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(32, 10))
+        return nn.Sequential(*layers).eval()
+
+
+def test_every_network_is_measured_as_it_is_fed(shared: TargetMeter, digits: Data, convolutions: nn.Module) -> None:
+    smaller = BACKBONE.input.model_copy(update={"size": (3, 16, 16)})
+    large, small = Fed(convolutions, BACKBONE.input), Fed(convolutions, smaller)
+    for network in (large, small):
+        assert shared.export(network).inputs[0].shape[1:] == network.input.size
+        answers, _ = predicted(network, network.input, digits)
+        assert shared.accuracy(network).details["predictions"] == answers
+        assert shared.parity(network).value < 1e-4
+    lost = shared.drop(small, large)
+    assert lost.n == 70
+    assert lost.value == pytest.approx(shared.accuracy(large).value - shared.accuracy(small).value)
+
+
+def test_one_file_fed_otherwise_has_the_same_latency_and_another_accuracy(
+    digits: Data, counted: list[str], convolutions: nn.Module, tmp_path: Path
+) -> None:
+    meter = TargetMeter(TARGET, digits, tmp_path)
+    darker = BACKBONE.input.model_copy(update={"mean": (0.9, 0.9, 0.9)})
+    usual, other = Fed(convolutions, BACKBONE.input), Fed(convolutions, darker)
+    assert meter.export(usual).sha256 == meter.export(other).sha256
+    assert meter.latency(usual) == meter.latency(other)
+    for network in (usual, other):
+        assert meter.accuracy(network).details["predictions"] == predicted(network, network.input, digits)[0]
+        meter.parity(network)
+    # Else the images would look alike, and the test tell nothing.
+    assert meter.accuracy(usual).details["predictions"] != meter.accuracy(other).details["predictions"]
+    assert [counted.count(name) for name in ("latency", "parity", "measure_accuracy")] == [1, 2, 2]
 
 
 def test_parity_looks_at_real_images(shared: TargetMeter) -> None:
@@ -133,11 +181,11 @@ def test_parity_looks_at_real_images(shared: TargetMeter) -> None:
 
 
 def test_without_images_parity_is_asked_on_noise(tmp_path: Path) -> None:
-    assert TargetMeter(TARGET, BACKBONE.input, None, tmp_path).parity(network(0)).n == 8
+    assert TargetMeter(TARGET, None, tmp_path).parity(network(0)).n == 8
 
 
 def test_a_file_that_is_not_the_network_is_found_out(digits: Data, tmp_path: Path) -> None:
-    meter = TargetMeter(TARGET, BACKBONE.input, digits, tmp_path)
+    meter = TargetMeter(TARGET, digits, tmp_path)
     file = meter.export(network(0))
     file.path.write_bytes(meter.export(network(1)).path.read_bytes())
     with pytest.raises(ParityError, match=r"differs from torch by .* so the file computes something else"):
@@ -151,7 +199,7 @@ def test_accuracy_without_a_validation_split_says_what_to_give(
     kind: str, digits: Data, counted: list[str], tmp_path: Path
 ) -> None:
     train_alone = replace(digits, splits={"train": digits.split("train")})
-    meter = TargetMeter(TARGET, BACKBONE.input, None if kind == "no data" else train_alone, tmp_path)
+    meter = TargetMeter(TARGET, None if kind == "no data" else train_alone, tmp_path)
     with pytest.raises(DataError, match=r"^accuracy: there is no validation split; give --data with val/, or --split"):
         meter.accuracy(network(0))
 

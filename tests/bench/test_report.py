@@ -15,6 +15,7 @@ import pytest
 from pydantic import ValidationError
 from rich.console import Console
 
+from slim.artifact import Preprocessing
 from slim.bench import charts, report, wording
 from slim.bench.report import DataUsed, Report
 from slim.errors import StoreError
@@ -253,6 +254,24 @@ def test_headline_says_what_came_out(subject: Report, sentence: str) -> None:
     assert wording.headline(subject) == sentence
     assert sentence in printed(subject, 120)
     assert sentence in Page(report.to_html(subject)).text.replace("\N{NO-BREAK SPACE}", " ")
+
+
+@pytest.mark.parametrize(
+    ("change", "line"),
+    [
+        ({}, ""),
+        ({"size": (3, 24, 20)}, "input 3x32x32 -> 3x24x20"),
+        ({"size": (3, 24, 24), "crop": 1.0}, "input 3x32x32 -> 3x24x24, crop 0.875 -> 1.0"),
+        ({"interpolation": "bilinear"}, "input interpolation bicubic -> bilinear"),
+    ],
+)
+def test_an_input_that_a_pass_changed_is_one_line(change: dict[str, Any], line: str) -> None:
+    before = Preprocessing(size=(3, 32, 32))
+    subject = demo(dense_input=before, final_input=before.model_copy(update=change))
+    assert wording.fed(subject) == line
+    shown = (*printed(subject, 120).splitlines(), *Page(report.to_html(subject)).words)
+    assert [one.rstrip() for one in shown if one.startswith("input ")] == ([line] * 2 if line else [])
+    assert wording.fed(demo(final_input=before)) == ""  # where it is not known, nothing is said
 
 
 @pytest.mark.parametrize(

@@ -168,7 +168,7 @@ def test_progress_counts_exports_and_rounds(tmp_path: Path) -> None:
 
 
 def test_the_meter_measures_only_what_it_was_not_asked_before(tmp_path: Path) -> None:
-    meter: Meter = TargetMeter(TARGET, INPUT, None, tmp_path)
+    meter: Meter = TargetMeter(TARGET, None, tmp_path)
     small, large = (nn.Linear(8, 8), (8,)), (nn.Linear(8, 64), (8,))
     first = meter.table([small, large])
     times = {path: path.stat().st_mtime_ns for path in files(tmp_path)}

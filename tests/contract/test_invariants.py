@@ -22,7 +22,7 @@ from torch.nn.utils import parametrizations
 from slim import passes, verify
 from slim.artifact import Artifact
 from slim.bench.measure import TargetMeter
-from slim.contract import Context, Pass, Plan, Role
+from slim.contract import Context, Fed, Pass, Plan, Role
 from slim.errors import ParityError, VerifyError
 from slim.export.onnx import OnnxFile
 from slim.export.target import Target
@@ -397,7 +397,7 @@ def test_call_is_final_for_what_a_pass_is_mixed_with() -> None:
 
 
 def test_ship_catches_an_export_that_differs(given: Artifact, tmp_path: Path) -> None:
-    meter = TargetMeter(Target.parse("ort:cpu"), given.backbone.input, None, tmp_path)
+    meter = TargetMeter(Target.parse("ort:cpu"), None, tmp_path)
     assert verify.ship(given, meter).metric == "parity_max_abs"
 
     changed = given.state_dict()
@@ -405,9 +405,9 @@ def test_ship_catches_an_export_that_differs(given: Artifact, tmp_path: Path) ->
     other = dataclasses.replace(given, state=changed)
 
     class Swapping(TargetMeter):
-        def export(self, model: Artifact | nn.Module) -> OnnxFile:
+        def export(self, model: Artifact | Fed) -> OnnxFile:
             return super().export(other)
 
-    swapped = Swapping(Target.parse("ort:cpu"), given.backbone.input, None, tmp_path)
+    swapped = Swapping(Target.parse("ort:cpu"), None, tmp_path)
     with pytest.raises(ParityError, match="differs from torch by"):
         verify.ship(given, swapped)

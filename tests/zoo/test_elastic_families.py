@@ -83,5 +83,5 @@ def test_a_family_is_elastic_and_its_subnet_goes_all_the_way(family: str, tmp_pa
     assert loaded.digest == after.digest
     assert store.traits(loaded) == {"dense", "float"}
     assert torch.equal(outputs(loaded.model(), images), outputs(model, images))
-    meter = TargetMeter(Target.parse("ort:cpu,threads=1"), given.backbone.input, None, tmp_path)
+    meter = TargetMeter(Target.parse("ort:cpu,threads=1"), None, tmp_path)
     assert meter.parity(after).n == 8  # raises where the file differs

@@ -180,7 +180,7 @@ def test_a_family_is_pruned_and_goes_all_the_way(family: str, what: str, tmp_pat
     assert all(torch.equal(value, model.state_dict()[key]) for key, value in again.state_dict().items())
     assert torch.equal(outputs(again, images), outputs(model, images))
 
-    meter = TargetMeter(Target.parse("ort:cpu,threads=1"), given.backbone.input, None, tmp_path)
+    meter = TargetMeter(Target.parse("ort:cpu,threads=1"), None, tmp_path)
     assert meter.parity(after).n == 8  # raises where the file differs
     assert meter.size(after).value < 4 * given.costs["params"]
 

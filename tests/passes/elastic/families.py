@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -29,6 +30,8 @@ SMALL: dict[str, tuple[str, dict[str, Any]]] = {
     ),
 }
 ALL = Wanted(widths=(1.0, 0.75, 0.5), depth=0.5, heads="whole", align=8, floor=8, skip=())
+MORE = replace(ALL, ranks=(1.0, 0.75, 0.5), min_width=24, pixels=(24, 16))
+"""Ranks and sides of the input, too."""
 
 
 def network(name: str) -> nn.Module:
@@ -62,7 +65,7 @@ def space_of(model: nn.Module, wanted: Wanted = ALL, size: tuple[int, int, int] 
         Dim(group, choices, tuple(order))
         for group, choices, order in zip(found.groups, found.choices, orders, strict=True)
     ]
-    return Space(tuple(dims), tuple(found.blocks), tuple(found.fewest), found.left)
+    return Space(tuple(dims), tuple(found.blocks), tuple(found.fewest), found.left, tuple(found.ranks), found.pixels)
 
 
 def drawn(space: Space, count: int) -> list[Subnet]:
@@ -77,7 +80,8 @@ def drawn(space: Space, count: int) -> list[Subnet]:
         units = tuple(dim.choices[below(len(dim.choices))] for dim in space.dims)
         there = [sum(block.stage == stage for block in space.blocks) for stage in range(len(space.fewest))]
         counts = [least + below(all_of - least + 1) for all_of, least in zip(there, space.fewest, strict=True)]
-        found.append(Subnet(units, space.ladder(counts)))
+        ranks = tuple(rank.choices[below(len(rank.choices))] for rank in space.ranks)
+        found.append(Subnet(units, space.ladder(counts), ranks, space.pixels[below(len(space.pixels))]))
     return found
 
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from slim import costs
 from slim.passes.elastic.blocks import Block
-from slim.passes.elastic.blockwise import Blockwise, Part, parts_of
+from slim.passes.elastic.blockwise import Blockwise, parts_of
 from slim.passes.elastic.extract import extract
 from slim.passes.elastic.space import Dim, Space, Subnet
 from slim.passes.elastic.subnets import drawn
@@ -77,12 +77,12 @@ class Counting:
 def test_parts_are_blocks_and_widths_outside_of_them(space: Space) -> None:
     names = [dim.group.name for dim in space.dims]
     assert names == ["stem", *(f"blocks.{n}.conv{c}" for n in range(3) for c in (1, 2))]
-    assert parts_of(space) == (Part((0,), ()), Part((1, 2), (0,)), Part((3, 4), (1,)), Part((5, 6), (2,)))
+    assert parts_of(space) == ((0,), (1, 2, 7), (3, 4, 8), (5, 6, 9))
 
 
 def test_widths_that_share_a_layer_are_one_part_without_a_block_around_them(space: Space) -> None:
     without = Space(space.dims, space.blocks[1:], space.fewest, {})
-    assert parts_of(without)[:2] == (Part((0,), ()), Part((1, 2), ()))
+    assert parts_of(without)[:2] == ((0,), (1, 2))
 
 
 def test_every_cost_is_that_of_the_network_cut_out(net: nn.Module, space: Space) -> None:

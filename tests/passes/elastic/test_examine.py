@@ -13,7 +13,7 @@ from slim.artifact import Artifact, state_digest
 from slim.contract import Context, Loading
 from slim.data import Data, open_data
 from slim.passes.elastic import BestSubnet, Elastic
-from slim.passes.elastic.examine import Examiner, Repair, images_for_statistics, top1
+from slim.passes.elastic.examine import Examiner, Images, Repair, images_for_statistics, statistics_count, top1
 from slim.passes.elastic.extract import extract
 from slim.passes.elastic.space import Space, Subnet
 from slim.passes.elastic.subnets import from_json
@@ -95,8 +95,9 @@ def test_a_subnet_that_lacks_blocks_alone_has_its_norms_mended_too(digits: Data)
     without = Subnet(space.largest.units, space.smallest.on)
     assert space.skipped(without) == ["layer1.1", "layer2.1", "layer3.1"]
     made = artifact("resnet")
-    images = images_for_statistics(made.model(), held_apart(made, digits))
-    finished = Examiner(model, space, [], images, "norms", torch.device("cpu")).finished(without)
+    images = images_for_statistics(held_apart(made, digits), made.backbone.input, 64)
+    looks = Images(lambda side: [], lambda side: images)
+    finished = Examiner(model, space, looks, "norms", torch.device("cpu")).finished(without)
     # The norm behind the first block that is missing sees other images now, and has their statistics.
     norm, seen = finished.get_submodule("layer2.0.bn1"), list[Tensor]()
     with norm.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0])), torch.no_grad():
@@ -113,13 +114,13 @@ def test_images_for_statistics_are_of_those_trained_on_and_no_more_than_fit(
     made = artifact("resnet")
     context = held_apart(made, digits)
     assert context.data is not None
-    images = images_for_statistics(made.model(), context)
+    images = images_for_statistics(context, made.backbone.input, statistics_count(made.model(), made.backbone.input))
     expected = [one for one, _ in context.data.eval_batches("train", made.backbone.input, batch_size=64)]
     assert torch.equal(images, expected[0])
     assert len(images) == 112 - HELD
     largest = 64 * 16 * 16 * 4  # bytes that the widest layer, the stem, puts out for one image
     monkeypatch.setattr("slim.passes.elastic.examine.MEMORY_GB", 7.5 * 4 * largest / 1e9)
-    assert len(images_for_statistics(made.model(), context)) == 7
+    assert statistics_count(made.model(), made.backbone.input) == 7
 
 
 class Fixed(nn.Module):
@@ -149,11 +150,11 @@ def test_all_images_held_out_are_asked_about(digits: Data) -> None:
     made, space = family_of(artifact("vit"), digits)
     context = held_apart(made, digits)
     examiner = Examiner.of(made.model(), space, replace(context, loading=Loading(batch_size=7)), "none")
-    labels = torch.cat([labels for _, labels in examiner.held]).tolist()
+    labels = torch.cat([labels for _, labels in examiner.images.held(0)]).tolist()
     assert context.data is not None
     assert labels == [*context.data.split("held").labels]
     assert len(labels) == HELD
-    everything = torch.cat([images for images, _ in examiner.held])
+    everything = torch.cat([images for images, _ in examiner.images.held(0)])
     with torch.no_grad():
         right = (made.model()(everything).argmax(1) == torch.tensor(labels)).sum()
     assert examiner.accuracy(space.largest) == pytest.approx(100 * int(right) / HELD)

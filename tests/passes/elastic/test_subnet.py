@@ -92,13 +92,13 @@ def test_what_is_counted_is_predicted_exactly_and_never_above_the_limit(
     # Of all that were evaluated within the limit none is better.
     front, chosen = plan_of(after)["search"]["front"], plan_of(after)["subnet"]
     best = max((one for one in front if one["cost"] <= limit), key=lambda one: one["top1"])
-    assert {key: best[key] for key in ("units", "on")} == chosen
+    assert {key: best[key] for key in ("units", "on", "ranks", "pixels")} == chosen
     assert space_of(given).allows(from_json(chosen))
 
 
 def test_a_budget_of_bytes_is_one_of_the_file(elastic: dict[str, Artifact], context: Context, tmp_path: Path) -> None:
     given = elastic["vit"]
-    meter = TargetMeter(Target.parse("ort:cpu,threads=1"), given.backbone.input, context.data, tmp_path)
+    meter = TargetMeter(Target.parse("ort:cpu,threads=1"), context.data, tmp_path)
     after = BestSubnet(to="0.85x-size", **FEW)(given, replace(context, meter=meter))
     budget = plan_of(after)["budget"]
     assert (budget["unit"], budget["before"]) == ("bytes", meter.size(given).value)
@@ -152,7 +152,7 @@ def timed(context: Context, tmp_path_factory: pytest.TempPathFactory) -> Any:
         patch.setattr(latency, "compare", lambda *files, **options: real(*files, **options, protocol=QUICK))
         patch.setattr(latency, "latency", lambda *files, **options: once(*files, **options, protocol=QUICK))
         target = Target.parse("ort:cpu,threads=1,batch=8")
-        meter = TargetMeter(target, chosen.input, None, tmp_path_factory.mktemp("exported"))
+        meter = TargetMeter(target, None, tmp_path_factory.mktemp("exported"))
         yield made, replace(context, meter=meter)
 
 
@@ -242,7 +242,7 @@ def test_the_exported_file_of_a_subnet_whose_norms_were_mended_computes_what_it_
 ) -> None:
     after = BestSubnet(to="0.9x-macs", **FEW)(elastic["resnet"], context)
     assert int(str(after.history[-1].metrics["norms"])) == 17
-    meter = TargetMeter(Target.parse("ort:cpu,threads=1"), after.backbone.input, context.data, tmp_path)
+    meter = TargetMeter(Target.parse("ort:cpu,threads=1"), context.data, tmp_path)
     meter.parity(after)  # raises where it lies outside the tolerance
 
 

@@ -202,12 +202,12 @@ def wide() -> Artifact:
     return Artifact.of(chosen.build(seed=1, trust=True), chosen, trust=True)
 
 
-def meter_of(given: Artifact, folder: Path, batch: int = 1) -> TargetMeter:
-    return TargetMeter(Target.parse(f"ort:cpu,threads=1,batch={batch}"), given.backbone.input, None, folder)
+def meter_of(folder: Path, batch: int = 1) -> TargetMeter:
+    return TargetMeter(Target.parse(f"ort:cpu,threads=1,batch={batch}"), None, folder)
 
 
 def test_a_budget_of_bytes_is_one_of_the_file(wide: Artifact, tmp_path: Path) -> None:
-    meter = meter_of(wide, tmp_path)
+    meter = meter_of(tmp_path)
     after, budget, _ = reached(wide, LowRank(to="0.7x-size", **BLIND), Context(meter=meter))
     assert (budget["unit"], budget["before"]) == ("bytes", meter.size(wide).value)
     assert budget["limit"] == pytest.approx(0.7 * meter.size(wide).value)
@@ -227,7 +227,7 @@ def meter(wide: Artifact, tmp_path_factory: pytest.TempPathFactory) -> Any:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(latency, "compare", lambda *files, **options: real(*files, **options, protocol=QUICK))
         patch.setattr(latency, "latency", lambda *files, **options: once(*files, **options, protocol=QUICK))
-        yield meter_of(wide, tmp_path_factory.mktemp("exported"), batch=8)
+        yield meter_of(tmp_path_factory.mktemp("exported"), batch=8)
 
 
 @pytest.fixture(scope="module")

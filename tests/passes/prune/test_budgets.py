@@ -80,7 +80,7 @@ def meter(wide: Artifact, tmp_path_factory: pytest.TempPathFactory) -> Any:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(latency, "compare", lambda *files, **options: real(*files, **options, protocol=QUICK))
         patch.setattr(latency, "latency", lambda *files, **options: once(*files, **options, protocol=QUICK))
-        yield TargetMeter(target, wide.backbone.input, None, tmp_path_factory.mktemp("exported"))
+        yield TargetMeter(target, None, tmp_path_factory.mktemp("exported"))
 
 
 TIMED: dict[str, Any] = {"skip": ("stem", "down"), **UNSEEING}
