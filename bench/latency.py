@@ -122,6 +122,44 @@ def in_turn(
         return tuple(_alone(lockstep, side, protocol, seed) for side in range(len(paths)))
 
 
+def beside(
+    paths: Sequence[Path],
+    reference: Path,
+    target: Target,
+    *,
+    seed: int,
+    protocol: Protocol | None = None,
+    progress: Progress | None = None,
+) -> tuple[Measurement, ...]:
+    """Ratio of the latency of each file to that of `reference`, in the order of `paths`, all taken in turn in one run.
+
+    `value` is what it is for `compare`, without a control: for networks by the dozen, of which none is judged alone.
+    Rounds stand for their fastest calls, so a busy machine is told less than by `latency`. Raises as `compare`.
+    """
+    protocol = protocol or Protocol()
+    with _Lockstep((reference, *paths), target, protocol, seed, progress) as lockstep:
+        lockstep.extend(protocol.sessions)
+        found = []
+        for side in range(1, len(paths) + 1):
+            ours, theirs = lockstep.wall(side), lockstep.wall(0)
+            ratio = statistics.paired_ratio(ours, theirs, generator=np.random.default_rng(seed))
+            found.append(
+                Measurement(
+                    metric="latency_ratio",
+                    value=ratio.value,
+                    unit="ratio",
+                    n=ours.size,
+                    low=ratio.low,
+                    high=ratio.high,
+                    statistic="median of paired rounds",
+                    target=str(target),
+                    environment=environment.describe(),
+                    details=lockstep.conditions() | {"in_turn_with": len(paths)},
+                )
+            )
+        return tuple(found)
+
+
 def _alone(lockstep: _Lockstep, side: int, protocol: Protocol, seed: int) -> Measurement:
     wall = lockstep.wall(side)
     p50 = statistics.bootstrap(wall, statistics.median, generator=np.random.default_rng(seed))

@@ -89,6 +89,16 @@ class TargetMeter:
         self._answers.update({("latency", sha256): one for sha256, one in zip(files, found, strict=True)})
         return tuple(self.latency(model) for model in models)
 
+    def beside(self, models: Sequence[Artifact | Fed], reference: Artifact | Fed) -> tuple[Measurement, ...]:
+        """Ratio of the latency of each to that of `reference`, all taken in turn in one run."""
+        files, theirs = [self.export(model) for model in models], self.export(reference)
+        names = tuple(file.sha256 for file in files)
+        paths = [file.path for file in files]
+        return self._once(
+            ("beside", *names, theirs.sha256),
+            lambda: latency.beside(paths, theirs.path, self.on, seed=self.seed, progress=self.progress),
+        )
+
     def compare(
         self, candidate: Artifact | Fed, reference: Artifact | Fed, *, limit: float | None = None
     ) -> Measurement:

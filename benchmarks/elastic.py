@@ -50,6 +50,7 @@ def families(name: str) -> dict[str, tuple[Elastic, tuple[int, ...]]]:
     found = {"family": (Elastic(**given), (0,))}
     if name == "resnet":
         found["plain-sandwich"] = (Elastic(ramp=0.0, **given), (0,))
+        found["ranks-and-pixels"] = (Elastic(ranks=(1.0, 0.5), min_width=32, pixels=(24,), **given), (0,))
     return found
 
 

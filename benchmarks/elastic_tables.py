@@ -12,6 +12,7 @@ RESULTS = Path(__file__).parent / "results"
 ARMS = {
     "family": "the family",
     "plain-sandwich": "the family, plain sandwich",
+    "ranks-and-pixels": "the family, ranks and smaller images too",
     "alone": "alone, a fifth of the epochs",
     "alone-longer": "alone, as many epochs",
     "untrained-norms": "no training, norms re-estimated",
@@ -161,7 +162,7 @@ def chart() -> str:
             words = ARMS[arm]
             parts.append(f'<text class="t{number}" x="{left + width + 10}" y="{end + 4:.1f}">{words}</text>')
         y += height + 70
-    colours = ("#1f5fa8", "#c2571a", "#2f8f5b", "#8b5fbf", "#8a8a8a", "#1f5fa8")
+    colours = ("#1f5fa8", "#c2571a", "#b0418f", "#2f8f5b", "#8b5fbf", "#8a8a8a", "#1f5fa8")
     style = "text{font:12px system-ui,sans-serif;fill:#555}.head{font-weight:600}.grid{stroke:#8884}"
     style += ".dense{stroke:#888;stroke-dasharray:4 3}"
     for number, colour in enumerate(colours):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import torch
 from torch import Tensor
 
 from slim.contract import Context
@@ -30,6 +31,22 @@ def count(context: Context, name: str, blind: str) -> int:
             " image"
         )
     return len(context.data.split("calib"))
+
+
+def labels(context: Context, name: str) -> Tensor:
+    """(n,) int64: labels of the calibration images, in order.
+
+    Raises:
+        PassError: an image has none.
+    """
+    assert context.data is not None  # `count` saw to it
+    assert context.backbone is not None  # Pass.__call__ set it
+    # With the images, for one that cannot be read is left out.
+    batches = context.data.eval_batches("calib", context.backbone.input, batch_size=EVAL_BATCH)
+    found = torch.cat([labels for _, labels in batches])
+    if (found < 0).any():
+        raise PassError(f"{name}: criterion taylor-labels needs labelled calibration images; criterion taylor does not")
+    return found
 
 
 def images(context: Context, batch_size: int = EVAL_BATCH) -> Iterator[Tensor]:

@@ -364,7 +364,7 @@ def gate(run_folder: Path, budgets: Path, **options: Any) -> None:
 
 @cli.group("table", cls=Suggesting)
 def table() -> None:
-    """Latency of the subnets of an elastic network."""
+    """Latency of what a network can be cut to."""
 
 
 @table.command("build")
@@ -376,10 +376,11 @@ def table() -> None:
 @TRUST
 @shared
 def build_table(folder: Path, out: Path | None, **options: Any) -> None:
-    """Measure subnets of an elastic network on this machine.
+    """Measure what a network can be cut to, on this machine.
 
     Some thirty whole subnets are exported and timed; for the others, latency is predicted from these. A table that was
-    interrupted is gone on with. `slim family` and the pass `subnet` take it as --table. No images are needed.
+    interrupted is gone on with. `slim family` and `subnet` take that of an elastic network as --table, `prune` and
+    `low-rank` that of any other, whatever is trained in between. No images are needed.
     """
     from slim import commands
 

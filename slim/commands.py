@@ -277,13 +277,13 @@ def select_unlabeled(
 
 
 def build_table(folder: Path, out: Path, *, again: bool, trust: bool, as_json: bool, quiet: bool, **given: Any) -> None:
-    """`slim table build`: latencies of whole subnets, and what is fitted to them."""
+    """`slim table build`: latencies of whole networks, and what is fitted to them."""
     progress = _progress(quiet=quiet)
     options = families.given_by(folder, given, ("target", "seed"))
     if not out.parent.is_dir():
         raise UsageError(f"--out {out}: there is no folder {out.parent}; make it")
     known = options if options.target else options.model_copy(update={"target": "ort:cpu"})
-    found = families.prepared(known, folder, trust=trust)
+    found = job.prepare(known, trust=trust)
     before = out.read_bytes() if out.is_file() else None
     model = families.table(found, out, again=again, progress=progress)
     kept = out.read_bytes() == before and not again

@@ -80,6 +80,9 @@ class Meter(Protocol):
         Measured longer while the interval holds `limit`.
         """
 
+    def beside(self, models: Sequence[Artifact | Fed], reference: Artifact | Fed) -> Sequence[Measurement]:
+        """Ratio of the latency of each to the reference's, all taken in turn in one run; for networks by the dozen."""
+
     def table(self, modules: Sequence[tuple[nn.Module, tuple[int, ...]]]) -> list[Measurement]:
         """Time in ms of each module alone at the target's batch size, with inputs of the given shape without batch.
 

@@ -30,6 +30,7 @@ from slim.options import PLACES, value_of
 from slim.passes.distill import Distill
 from slim.passes.elastic import BestSubnet
 from slim.passes.elastic.archive import Front, Point
+from slim.passes.elastic.dense import Dense
 from slim.passes.elastic.family import Family, as_figures
 from slim.passes.elastic.latency import LatencyModel
 from slim.passes.elastic.priced import Priced
@@ -174,14 +175,17 @@ def prepared(given: Recipe, folder: Path, *, trust: bool) -> Job:
 def table(found: Job, place: Path, *, again: bool = False, progress: Progress = no_progress) -> LatencyModel:
     """Measure whole subnets on the target into the file `place`; what it holds is measured only `again`.
 
+    Of a network that is not elastic, those that it could be cut to (see passes/elastic/dense.py).
+
     Raises:
-        StoreError: it holds the table of another device, target or supernet.
+        StoreError: it holds the table of another device, target or network.
     """
     artifact = found.start.artifact
     with job.metering(found) as meter:  # of its own, for the exported files of thirty networks go with it
         assert meter is not None  # the callers saw to a target
         context = replace(found.context(meter=meter, progress=progress), **_known(found))
-        return Priced.of(artifact.model(), context).tabled(meter, place, again=again)
+        kind = Priced if "supernet" in store.traits(artifact) else Dense
+        return kind.of(artifact.model(), context).tabled(meter, place, again=again)
 
 
 def goals_of(text: str) -> tuple[Goal, ...]:
@@ -293,8 +297,10 @@ def _searched(
 def _row(goal: Goal, one: Job, folder: Path, meter: TargetMeter | None, progress: Progress) -> Row:
     """The run of one budget, and what became of it."""
     try:
-        done = _finished(one, folder, meter)
-        run = done or job.execute(one, folder, resume=folder.exists(), progress=progress, meter=meter)
+        done = on_main(lambda: _finished(one, folder, meter))  # others may look when rank 0 is through
+        run = Run(folder, one.start.artifact.trust)
+        if not done:
+            run = job.execute(one, folder, resume=folder.exists(), progress=progress, meter=meter)
     except PassError as error:
         return Row(str(goal), "not cut", str(error).removeprefix("subnet: "), None)
     report = run.report
@@ -308,16 +314,16 @@ def _row(goal: Goal, one: Job, folder: Path, meter: TargetMeter | None, progress
     return Row(str(goal), "rolled back", subnet.reason, str(folder), figures, report.dense, subnet.plan["subnet"])
 
 
-def _finished(one: Job, folder: Path, meter: TargetMeter | None) -> Run | None:
-    """The run in `folder`, where it is this one to its end, here."""
+def _finished(one: Job, folder: Path, meter: TargetMeter | None) -> bool:
+    """Whether the run in `folder` is this one to its end, here."""
     run = Run(folder, one.start.artifact.trust)
     if not (folder / "report.json").is_file() or recipe_of(run).resolved() != one.recipe.resolved():
-        return None
+        return False
     if run.report.environment["fingerprint"] != environment.fingerprint():
-        return None
+        return False
     context = replace(one.context(meter=meter), guard=one.recipe.guard.on)
     artifact, steps = one.start.artifact, one.recipe.passes
-    return run if steps and run.find(step_key(steps[0], artifact, artifact, context)) else None
+    return bool(steps and run.find(step_key(steps[0], artifact, artifact, context)))
 
 
 def _write(result: Cut, found: Job, unit: str, out: Path) -> None:
@@ -337,7 +343,8 @@ def _write(result: Cut, found: Job, unit: str, out: Path) -> None:
         picture = front_chart.to_svg(
             [*there.values()],
             [_place(point) for point in front.optimal],
-            {to: there[subnet] for to, subnet in cut_out},
+            # Not there: what another process found since, or the smallest, taken unseen where predictions were off.
+            {to: there[subnet] for to, subnet in cut_out if subnet in there},
             unit,
             f"{artifact.backbone.name}: what one training gives at every cost",
             f"{'predicted for ' + str(target) if unit == 'ms' else 'counted'}; images held out of training",

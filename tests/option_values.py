@@ -78,6 +78,7 @@ VALUES: dict[str, dict[str, Any]] = {
     "finetune": TRAINING,
     "low-rank": {
         "to": "0.7x-latency",
+        "table": "runs/table.json",
         "select": "uniform",
         "energy": 0.8,
         "ratio": 0.5,
@@ -101,7 +102,14 @@ VALUES: dict[str, dict[str, Any]] = {
         "memory_gb": 0.5,
     },
     "merge": {"fold_norms": False, "fold_scales": False, "pairs": False},
-    "prune": {**CHOOSING, "to": "0.6x-latency", "ratio": 0.5, "repair": "norms", "memory_gb": 0.5},
+    "prune": {
+        **CHOOSING,
+        "to": "0.6x-latency",
+        "ratio": 0.5,
+        "table": "runs/table.json",
+        "repair": "norms",
+        "memory_gb": 0.5,
+    },
     "subnet": {
         "to": "0.5x-macs",
         "evaluations": 20,
@@ -127,8 +135,10 @@ ALONG = {
     ("distill", "cache"): {"method": ("kd",)},
     ("distill", "trainable"): {"method": ("kd",)},
     ("low-rank", "select"): {"to": "0.5x-params"},
+    ("low-rank", "table"): {"to": "0.7x-latency"},
     ("mask", "share"): {"pattern": "unstructured"},
     **{("prune", name): {"ratio": 0.5} for name in (*CHOOSING, "repair", "memory_gb")},
+    ("prune", "table"): {"to": "0.6x-latency"},
     **{("subnet", name): {"to": "0.5x-macs"} for name in VALUES["subnet"] if name != "to"},
     **{("sparsify", name): {"to": "0.5x-macs"} for name in VALUES["sparsify"] if name != "to"},
 }

@@ -112,6 +112,23 @@ def test_a_finished_table_is_kept_and_said_to_be_finished(call: Any, of_four: Pa
     assert table[0].read_bytes() == before
 
 
+def test_again_measures_every_row_again_whatever_the_table_was_of(
+    call: Any, of_four: Path, table: tuple[Path, str], tmp_path: Path
+) -> None:
+    whole, place = json.loads(table[0].read_text()), tmp_path / "table.json"
+    slow = [{**row, "ms": 1e6, "low": 1e6, "high": 1e6} for row in whole["rows"]]
+    place.write_text(json.dumps({**whole, "device": "0123456789ab", "rows": slow}))
+    said = call("table", "build", of_four, "--out", place, "--again", "--json")
+    assert said.code == 0, said.err
+    assert json.loads(said.out)["kept"] is False
+    now = json.loads(place.read_text())
+    assert now["device"] == whole["device"]
+    assert [row["units"] for row in now["rows"]] == [row["units"] for row in whole["rows"]]
+    assert all(0 < row["low"] <= row["ms"] <= row["high"] < 1e6 for row in now["rows"])
+    # What is predicted follows what was measured: no term is of the rows before.
+    assert max(now["terms"].values()) < 1e6
+
+
 def test_the_table_of_another_target_or_device_is_refused(
     call: Any, of_four: Path, table: tuple[Path, str], tmp_path: Path
 ) -> None:
@@ -127,7 +144,7 @@ def test_the_table_of_another_target_or_device_is_refused(
     assert said.error.startswith("latency table: it was measured for device '0123456789ab', not ")
 
 
-def test_a_table_is_of_an_elastic_network(call: Any, elastic: Path, family: tuple[Path, Any], tmp_path: Path) -> None:
+def test_a_family_is_of_an_elastic_network(call: Any, elastic: Path, family: tuple[Path, Any], tmp_path: Path) -> None:
     plain, done = elastic / "steps" / "01-finetune", family[0] / "0.9x-macs"
     for folder, code, message in (
         (plain, 2, f"{plain}: its network is not elastic; `slim run --model {plain} ... elastic` makes it so"),
@@ -137,6 +154,15 @@ def test_a_table_is_of_an_elastic_network(call: Any, elastic: Path, family: tupl
             f"{done}: its network is elastic no more, for 'subnet' cut one out; give the step of its run that "
             "'elastic' left, in steps/",
         ),
+        (tmp_path / "no", 2, f"{tmp_path / 'no'}: no such folder; give a run or an artifact"),
+        (tmp_path, 1, f"{tmp_path}: holds no artifact and no run; give one that `slim run` wrote"),
+    ):
+        said = call("family", folder, *BUDGETS, "--out", tmp_path / "out")
+        assert (said.code, said.error) == (code, message)
+
+
+def test_a_table_is_of_a_network_and_goes_where_there_is_a_folder(call: Any, elastic: Path, tmp_path: Path) -> None:
+    for folder, code, message in (
         (tmp_path / "no", 2, f"{tmp_path / 'no'}: no such folder; give a run or an artifact"),
         (tmp_path, 1, f"{tmp_path}: holds no artifact and no run; give one that `slim run` wrote"),
     ):
@@ -179,9 +205,7 @@ def test_the_table_at_the_end_says_what_became_of_each(family: tuple[Path, Any])
         report = Run(Path(row["folder"])).report
         assert row["cost"] == report.final["macs"].value
         assert row["ratio"] == row["cost"] / report.dense["macs"].value <= share
-        there = [
-            point for point in listed["search"]["points"] if {k: point[k] for k in ("units", "on")} == row["subnet"]
-        ]
+        there = [point for point in listed["search"]["points"] if point.items() >= row["subnet"].items()]
         assert [point["cost"] for point in there] == [row["cost"]]
     assert listed["unit"] == "macs"
 

@@ -71,8 +71,8 @@ class Elastic(Training, Augment, Pass):
     skip: tuple[str, ...] = ()
     """Layers and blocks that stay whole, as patterns of dotted names: `stages.0.*`."""
     criterion: Criterion = "taylor"
-    """What orders the channels of a width: the empirical Fisher information per image (`taylor`), or another criterion
-    of prune."""
+    """What orders the channels of a width: the Fisher information of the network's own predictions (`taylor`) or of the
+    labels (`taylor-labels`), image by image, or another criterion of prune."""
     method: Literal["sandwich", "ends", "poa"] = "sandwich"
     """Which subnets learn in a step: the smallest and random ones, the smallest alone, or POA's, without labels."""
     nets: int = Field(default=4, ge=2)
@@ -252,6 +252,7 @@ class Elastic(Training, Augment, Pass):
                 (lambda: calibration.images(context)) if looks else None,
                 images=count,
                 seed=context.seed,
+                labels=calibration.labels(context, self.name) if self.criterion == "taylor-labels" else None,
                 device=context.device,
                 progress=context.progress,
             )

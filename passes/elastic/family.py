@@ -79,11 +79,10 @@ class Family(Priced):
         """
         progress, aims = self.context.progress, [self.aim(goal) for goal in goals]
         stored = Trials(self.study, storage, self.space, aims)
-        found, accuracy = stored.finished(), self.accuracy
-        singles = measure_singles(self.space, accuracy, done=found, keep=stored.add, progress=progress)
+        singles = measure_singles(self.space, lambda one: stored.once(one, self.accuracy), progress=progress)
         front = search.search(
             self.space,
-            accuracy,
+            self.accuracy,
             cost,
             Predictor.of(self.space, singles),
             seed=self.context.seed,

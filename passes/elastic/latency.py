@@ -28,6 +28,9 @@ from slim.passes.elastic.terms import Terms, rows_to_measure
 
 Matrix = NDArray[np.float64]
 
+TOGETHER = 6
+"""Networks that are measured in turn, in one run; a worker each, so not too many."""
+
 
 @dataclass(frozen=True)
 class Errors:
@@ -45,6 +48,32 @@ class Errors:
         """Both in ms."""
         missed = 100 * np.abs(predicted / found - 1)
         return cls(float(missed.mean()), float(missed.max()), rank_correlation(predicted, found))
+
+
+@dataclass(frozen=True)
+class Rates:
+    """What the parts of a network take, for who makes parts of it smaller; in ms."""
+
+    whole: float
+    """The network as it is."""
+    widths: Mapping[str, float]
+    """Name of a group -> all its units, besides their operations."""
+    ranks: Mapping[str, float]
+    """Name of a layer -> it as one, besides its operations; as two it takes its share of them."""
+    pair: float
+    """A layer more, where one becomes two."""
+    mac: float
+    """One multiply-accumulate."""
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any], origin: Origin) -> Rates:
+        """Those of a table.
+
+        Raises:
+            StoreError: it is of another device, target or network, or not finished.
+        """
+        _finished(data, origin)
+        return cls(**data["rates"])
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,6 +95,18 @@ class LatencyModel:
         """Latency in ms."""
         return float(self.terms([subnet])[0] @ np.array(self.theta))
 
+    @property
+    def rates(self) -> Rates:
+        """What the parts of the largest network take."""
+        ms = dict(zip(self.terms.names, self.theta, strict=True))
+        return Rates(
+            whole=self.predict(self.terms.space.largest),
+            widths={group: ms[term] for group, term in self.terms.widths.items()},
+            ranks={layer: ms[term] for layer, term in self.terms.ranks.items()},
+            pair=ms.get("pairs", 0.0),
+            mac=ms["macs"] / self.terms.most,
+        )
+
     def __str__(self) -> str:
         """`3.1 % off on 8 networks held out (at most 8.9 %, tau 0.87); a * MACs + b: 4.7 %`."""
         used, held = self.errors[self.form], sum(row.held_out for row in self.rows)
@@ -82,6 +123,7 @@ class LatencyModel:
             "terms": dict(zip(self.terms.names, self.theta, strict=True)),
             "form": self.form,
             "errors": {form: asdict(errors) for form, errors in self.errors.items()},
+            "rates": asdict(self.rates),
         }
 
     @classmethod
@@ -91,13 +133,18 @@ class LatencyModel:
         Raises:
             StoreError: it is of another device, target, supernet or space, or not finished.
         """
-        rows = rows_of(data, origin)
-        if not is_finished(data):
-            raise StoreError("latency table: it is not finished; measure the rest, by running the same command again")
+        rows = _finished(data, origin)
         if {*data["terms"]} != {*terms.names}:
             raise StoreError("latency table: its terms are not those of this space; measure again")
         errors = {form: Errors(**found) for form, found in data["errors"].items()}
         return cls(terms, tuple(data["terms"][name] for name in terms.names), data["form"], errors, tuple(rows), origin)
+
+
+def _finished(data: Mapping[str, Any], origin: Origin) -> list[Row]:
+    rows = rows_of(data, origin)
+    if not is_finished(data):
+        raise StoreError("latency table: it is not finished; measure the rest, by running the same command again")
+    return rows
 
 
 def fitted(terms: Terms, rows: Sequence[Row], origin: Origin) -> LatencyModel:
@@ -114,7 +161,7 @@ def fitted(terms: Terms, rows: Sequence[Row], origin: Origin) -> LatencyModel:
 
 def build(
     terms: Terms,
-    measure: Callable[[Subnet], Measurement],
+    measure: Callable[[Sequence[Subnet]], Sequence[Measurement]],
     origin: Origin,
     *,
     seed: int,
@@ -126,7 +173,7 @@ def build(
 
     Args:
         terms: of the space.
-        measure: latency of a subnet on the target, in ms.
+        measure: latencies of some subnets on the target, in ms; those of one call may be taken in turn.
         origin: where it is measured, and of what.
         seed: of the random subnets.
         rows_done: measured before; those that are wanted are not measured again.
@@ -134,17 +181,18 @@ def build(
         progress: told after every row, and how well the model predicts.
     """
     fit, held = rows_to_measure(terms, seed)
-    done, rows = {row.subnet: row for row in rows_done}, []
+    done = {row.subnet: row for row in rows_done}
+    missing = [subnet for subnet in (*fit, *held) if subnet not in done]
     with progress("latency table", len(fit) + len(held)) as advance:
-        for subnet in [*fit, *held]:
-            row = done.get(subnet)
-            if row is None:
-                found = measure(subnet)
+        advance(len(fit) + len(held) - len(missing))
+        for start in range(0, len(missing), TOGETHER):
+            some = missing[start : start + TOGETHER]
+            for subnet, found in zip(some, measure(some), strict=True):
                 low, high = (found.value if end is None else end for end in (found.low, found.high))
-                row = Row(subnet, found.value, low, high, subnet in held)
-                keep(row)
-            rows.append(replace(row, held_out=subnet in held))
-            advance(1, f"{row.ms:.4g} ms")
+                done[subnet] = Row(subnet, found.value, low, high, subnet in held)
+                keep(done[subnet])
+                advance(1, f"{found.value:.4g} ms")
+        rows = [replace(done[subnet], held_out=subnet in held) for subnet in (*fit, *held)]
         model = fitted(terms, rows, origin)
         advance(0, str(model))
     return model

@@ -10,6 +10,7 @@ each subnet being predicted by the correction fitted without it. All figures of 
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -41,30 +42,25 @@ def singles(space: Space) -> list[Subnet]:
 
 
 def measure_singles(
-    space: Space,
-    accuracy: Callable[[Subnet], float],
-    *,
-    done: Mapping[Subnet, float] | None = None,
-    keep: Callable[[Subnet, float], None] = lambda subnet, found: None,
-    progress: Progress = no_progress,
+    space: Space, accuracy: Callable[[Subnet], float | None], *, progress: Progress = no_progress
 ) -> dict[Subnet, float]:
     """Accuracy of all `singles`, in percent.
 
     Args:
         space: of the subnets.
-        accuracy: evaluates a subnet really, in percent.
-        done: those evaluated before; the others alone are evaluated.
-        keep: told each new one.
+        accuracy: evaluates a subnet really, in percent; none where another process is at it: it is asked again later.
         progress: told after every one.
     """
-    found = dict(done or {})
-    wanted = singles(space)
+    wanted, found = singles(space), dict[Subnet, float]()
+    waiting = deque(wanted)
     with progress("one change at a time", len(wanted)) as advance:
-        for subnet in wanted:
-            if subnet not in found:
-                found[subnet] = accuracy(subnet)
-                keep(subnet, found[subnet])
-            advance(1, f"{found[subnet]:.2f} %")
+        while waiting:
+            one = accuracy(waiting[0])
+            if one is None:
+                waiting.rotate(-1)
+                continue
+            found[waiting.popleft()] = one
+            advance(1, f"{one:.2f} %")
     return {subnet: found[subnet] for subnet in wanted}
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -17,6 +17,7 @@ from slim import costs, environment, store
 from slim.artifact import Step
 from slim.contract import Context, Fed, Meter
 from slim.goal import Goal
+from slim.measurement import Measurement
 from slim.passes.elastic.blockwise import Blockwise
 from slim.passes.elastic.elastic import Elastic
 from slim.passes.elastic.extract import extract, fed
@@ -120,13 +121,29 @@ class Priced:
     def measured(
         self, meter: Meter, rows_done: Iterable[Row] = (), keep: Callable[[Row], None] = lambda row: None
     ) -> LatencyModel:
-        """A model of latency, of whole subnets measured on the target; those in `rows_done` are not measured again."""
+        """A model of latency, of whole subnets measured on the target; those in `rows_done` are not measured again.
+
+        Each is measured beside the largest: a machine that is busy for a while is so for both.
+        """
+        done = [*rows_done]
+        largest = self.cut_out(self.space.largest)
+        known = next((row.ms for row in done if row.subnet == self.space.largest), None)
+        ms = meter.latency(largest).value if known is None else known
+
+        def measure(some: Sequence[Subnet]) -> list[Measurement]:
+            ratios = meter.beside([self.cut_out(one) for one in some], largest)
+            return [
+                Measurement(metric="latency_p50_ms", value=ms * one.value, unit="ms", low=ms * low, high=ms * high)
+                for one in ratios
+                for low, high in [(one.low or one.value, one.high or one.value)]
+            ]
+
         return build(
             self.terms,
-            lambda one: meter.latency(self.cut_out(one)),
+            measure,
             self.origin(meter),
             seed=self.context.seed,
-            rows_done=rows_done,
+            rows_done=done,
             keep=keep,
             progress=self.context.progress,
         )

@@ -7,8 +7,6 @@ and measured again before it is believed. Trains nothing: `distill` behind it po
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, cast
@@ -22,7 +20,7 @@ from slim.contract import Context, Pass, Plan, Role
 from slim.distributed import is_main
 from slim.errors import PassError
 from slim.goal import parse_goal
-from slim.passes.elastic import search
+from slim.passes.elastic import search, table
 from slim.passes.elastic.archive import Front
 from slim.passes.elastic.blocks import leave_out
 from slim.passes.elastic.examine import Repair, images_for_statistics, mend, statistics_count
@@ -32,7 +30,6 @@ from slim.passes.elastic.priced import elastic_of
 from slim.passes.elastic.ranks import split
 from slim.passes.elastic.space import Space, Subnet
 from slim.passes.elastic.subnets import as_json
-from slim.passes.elastic.table import read_table
 from slim.passes.prune.choose import apply, outputs_kept, ranges, stays_of
 from slim.passes.prune.groups import attributes, positions
 from slim.passes.reach import Unreachable, Words, cost_of, reach
@@ -81,9 +78,7 @@ class BestSubnet(Pass):
 
     def sources(self, context: Context) -> dict[str, str]:
         """The table's content."""
-        if self.table is None:
-            return {}
-        return {"table": hashlib.sha256(json.dumps(read_table(self.table), sort_keys=True).encode()).hexdigest()}
+        return {} if self.table is None else table.sources(self.table)
 
     @classmethod
     def migrate(cls, version: int, config: dict[str, Any], plan: Plan) -> tuple[dict[str, Any], Plan] | None:

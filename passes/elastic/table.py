@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -26,7 +27,7 @@ class Origin:
     target: str
     """In the words of `--target`."""
     supernet: str
-    """Digest of the artifact that subnets are cut out of."""
+    """Digest of the elastic network that subnets are cut out of, or of the structure of one that is not elastic."""
 
 
 @dataclass(frozen=True)
@@ -86,3 +87,8 @@ def read_table(path: str) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise StoreError(f"{path}: no latency table, but {type(found).__name__}; make it by slim table build")
     return found
+
+
+def sources(path: str) -> dict[str, str]:
+    """What `Pass.sources` says of a table: a digest of its content. Raises StoreError."""
+    return {"table": hashlib.sha256(json.dumps(read_table(path), sort_keys=True).encode()).hexdigest()}

@@ -44,6 +44,10 @@ class Terms:
         ranks = [f"rank {named.get(rank.layer, rank.layer)}" for rank in space.ranks]
         pairs = ["pairs"] if ranks else []
         self.names = (*dict.fromkeys([*dims, *blocks, *ranks, *pairs]), "macs", "constant")
+        self.widths = {dim.group.name: term for dim, term in zip(space.dims, dims, strict=True)}
+        """Name of a group -> that of its term."""
+        self.ranks = {rank.layer: term for rank, term in zip(space.ranks, ranks, strict=True)}
+        """Name of a layer whose rank is elastic -> that of its term."""
         self._dims, self._blocks, self._ranks = (
             [self.names.index(one) for one in some] for some in (dims, blocks, ranks)
         )

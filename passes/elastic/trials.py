@@ -6,18 +6,21 @@ what all have found, and counts what was evaluated for all of its own aims.
 A process first takes a number, then says which subnet it will evaluate, then looks whether another says the same, and
 takes its next choice if so. Hence, as long as no process is killed:
 - all processes of a search together evaluate as many subnets as asked for, not one more;
-- no subnet is evaluated twice. Where two choose the same at the same moment, both turn to another.
+- no subnet is evaluated twice. Where two choose the same at the same moment, both turn to another; what all of them
+  need is evaluated by the one that took its number first, and the others wait.
 An evaluation that raises, or whose process was killed on this machine, is given up and its number taken again; one
-killed on another machine keeps its number, and there is one evaluation less.
+killed on another machine keeps its number, and there is one evaluation less, or one that others wait for in vain.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import platform
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,6 +39,10 @@ WAIT_S = 60
 """How long to wait for an SQLite file that another process writes to, in seconds."""
 ATTEMPTS = 50
 """To open an empty database that other processes open too."""
+POLL_S = 0.05
+"""Between two looks at what another process evaluates, in seconds."""
+PATIENCE_S = 300
+"""How long another process may evaluate what this one needs, in seconds; then both do."""
 SUBNET, OWNER, SPACE, AIMS = "subnet", "owner", "space", "aims"
 
 
@@ -64,6 +71,7 @@ class Trials:
             PassError: a search of this name goes through another space.
         """
         self.study, self.aims = _opened(name, storage), tuple(aims)
+        self._met: dict[int, float] = {}  # numbers under way elsewhere -> when this process first waited for them
         digest = digest_of(space)
         begun = self.study.user_attrs.get(SPACE)
         if begun is None:
@@ -93,7 +101,7 @@ class Trials:
         """
         if len(self._counted()) >= evaluations:
             return None
-        trial = self._take()
+        trial = self._take(self.aims)
         number = sum(other.number < trial.number for other in self._counted())
         with self.giving_up(trial):
             if number < evaluations:
@@ -109,11 +117,25 @@ class Trials:
         """The subnet was evaluated: accuracy in percent."""
         self.study.tell(turn.trial, accuracy)
 
-    def add(self, subnet: Subnet, accuracy: float) -> None:
-        """A subnet was evaluated for no aim of a search: accuracy in percent."""
-        from optuna.trial import create_trial
+    def once(self, subnet: Subnet, accuracy: Callable[[Subnet], float]) -> float | None:
+        """Accuracy in percent of a subnet that is needed whatever the aims: found before, or evaluated now.
 
-        self.study.add_trial(create_trial(value=accuracy, user_attrs={SUBNET: as_json(subnet), AIMS: []}))
+        None, after a moment, while another process evaluates it.
+        """
+        found = self.finished().get(subnet)
+        if found is not None:
+            return found
+        self._release()
+        if self._is_free(subnet):
+            trial = self._take((), {SUBNET: as_json(subnet)})
+            with self.giving_up(trial):
+                if self._is_free(subnet, before=trial.number):
+                    found = accuracy(subnet)
+                    self.study.tell(trial, found)
+                    return found
+            self._give_up(trial.number)
+        time.sleep(POLL_S)
+        return None
 
     @contextmanager
     def giving_up(self, trial: Trial) -> Iterator[None]:
@@ -132,13 +154,24 @@ class Trials:
         """Those that were made for all aims of this search."""
         return [trial for trial in self._begun() if {*self.aims} <= {*trial.user_attrs[AIMS]}]
 
-    def _take(self) -> Trial:
+    def _take(self, aims: Sequence[str], said: Mapping[str, Any] | None = None) -> Trial:
         """A number for this process, with its aims from the first moment on: without, others would miscount."""
         from optuna.trial import Trial, TrialState, create_trial
 
-        self.study.add_trial(create_trial(state=TrialState.RUNNING, user_attrs={OWNER: _owner(), AIMS: [*self.aims]}))
+        known = {OWNER: _owner(), AIMS: [*aims], **(said or {})}
+        self.study.add_trial(create_trial(state=TrialState.RUNNING, user_attrs=known))
         taken = [one for one in self._begun() if one.state.name == "RUNNING" and one.user_attrs[OWNER] == _owner()]
         return Trial(self.study, taken[-1]._trial_id)
+
+    def _is_free(self, subnet: Subnet, before: float = math.inf) -> bool:
+        """Whether no number below `before` is for this subnet, or has been for too long."""
+        now = time.monotonic()
+        others = [one for one in self._begun() if one.number < before and SUBNET in one.user_attrs]
+        return all(
+            one.state.name == "RUNNING" and now - self._met.setdefault(one.number, now) >= PATIENCE_S
+            for one in others
+            if _subnet(one) == subnet
+        )
 
     def _give_up(self, number: int) -> None:
         from optuna.trial import TrialState

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Sequence
-from typing import Any, ClassVar, Literal, Self, cast
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self, cast
 
 from pydantic import Field, JsonValue, field_validator, model_validator
 from torch import Tensor, nn
@@ -33,6 +33,9 @@ from slim.passes.reach import Words, cost_of, meter_of, reach
 from slim.passes.sensitivity import sensitivities
 from slim.training import Training
 
+if TYPE_CHECKING:
+    from slim.passes.elastic.latency import Rates
+
 BLIND = "objective plain and repair none"
 """Settings with which it looks at no image."""
 
@@ -51,6 +54,8 @@ class LowRank(Pass):
     """Budget, as a share kept or absolutely: `0.7x-latency`, `3.1ms`, `0.5x-params`, `300M-macs`, `0.5x-size`."""
     select: Select | None = None
     """How ranks share the budget; none is `knapsack` for milliseconds, `greedy` for what is counted."""
+    table: str | None = None
+    """Latency table of `slim table build`; none times layers alone where the budget is in milliseconds."""
     energy: float = Field(default=0.9, gt=0, le=1)
     """Without `to`: share of its energy each layer keeps, in (0, 1]."""
     ratio: float | None = Field(default=None, gt=0, lt=1)
@@ -91,6 +96,9 @@ class LowRank(Pass):
             raise ValueError(f"{given[0]} and {given[1]} both choose the ranks; give one of them")
         if self.to is None and self.select is not None:
             raise ValueError(f"select={self.select} shares a budget, and there is none; give --to, as 0.7x-latency")
+        if self.table is not None and (self.to is None or not parse_goal(self.to).timed):
+            rule = "the budget is not" if self.to else "there is no budget"
+            raise ValueError(f"table={self.table} is of milliseconds, and {rule}; give --to, as 0.7x-latency")
         return self
 
     @property
@@ -104,9 +112,18 @@ class LowRank(Pass):
         """Whether the budget is one of the exported file."""
         return self.to is not None and parse_goal(self.to).measured
 
+    def sources(self, context: Context) -> dict[str, str]:
+        """The table's content."""
+        if self.table is None:
+            return {}
+        from slim.passes.elastic import table  # which is built on this package
+
+        return table.sources(self.table)
+
     def plan(self, model: nn.Module, context: Context) -> Plan:
         """Scheme and rank of every layer that pays, and for every other layer why it stays dense."""
         assert context.backbone is not None  # Pass.__call__ set it
+        rates = self._rates(model, context)  # an error now, not after the work
         done = frozenset(name for step in context.history for name in _factored_by(step))
         found, dense = candidates(
             model, context.backbone.input.size, min_width=self.min_width, skip=self.skip, factored=done
@@ -116,7 +133,7 @@ class LowRank(Pass):
         figures: dict[str, JsonValue] = {}
         picks: Sequence[Pick | str | None] = [self._pick(ladder) for ladder in ladders] if self.to is None else []
         if self.to is not None and ladders:
-            picks, figures = self._reach(model, ladders, context)
+            picks, figures = self._reach(model, ladders, context, rates)
         layers: dict[str, JsonValue] = {}
         for ladder, pick in zip(ladders, picks, strict=True):
             name = ladder[0].candidate.name
@@ -226,8 +243,16 @@ class LowRank(Pass):
                 wanted = way.factors.spectrum.shape[-1]
         return wanted // self.align * self.align
 
+    def _rates(self, model: nn.Module, context: Context) -> Rates | None:
+        """What the table says of the network."""
+        if self.table is None:
+            return None
+        from slim.passes.elastic import dense  # which is built on this package
+
+        return dense.rates(self.table, model, parse_goal(str(self.to)), context, self.name)
+
     def _reach(
-        self, model: nn.Module, ladders: list[Ladder], context: Context
+        self, model: nn.Module, ladders: list[Ladder], context: Context, rates: Rates | None
     ) -> tuple[list[Pick | None], dict[str, JsonValue]]:
         assert self.to is not None
         goal = parse_goal(self.to)
@@ -242,7 +267,7 @@ class LowRank(Pass):
             ladders = [[way] for way in ways]
 
         meter = meter_of(goal, context, self.name) if goal.measured else None
-        found = offers(goal, ladders, rule=rule, align=self.align, guard=self.guard, meter=meter)
+        found = offers(goal, ladders, rule=rule, align=self.align, guard=self.guard, meter=meter, rates=rates)
 
         def build(choices: Sequence[int]) -> Fed:
             chosen = [pick for pick in found.chosen(choices) if pick is not None]

@@ -1,10 +1,10 @@
-"""What each layer may become, what that costs, counted or timed alone on the target, and one choice for each layer."""
+"""What each layer may become, what that costs, counted, timed or predicted, and one choice for each layer."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from torch import nn
 
@@ -13,6 +13,9 @@ from slim.goal import Goal
 from slim.passes.low_rank import schemes, select
 from slim.passes.low_rank.select import Option
 from slim.passes.low_rank.ways import Way
+
+if TYPE_CHECKING:
+    from slim.passes.elastic.latency import Rates
 
 Select = Literal["uniform", "energy", "greedy", "knapsack", "gated"]
 Ladder = Sequence[Way]
@@ -97,30 +100,56 @@ def offers(
     align: int,
     guard: float,
     meter: Meter | None = None,
+    rates: Rates | None = None,
 ) -> Offers:
-    """The choices of every layer; `meter` times them where the goal is in milliseconds, and is not asked otherwise."""
-    picks = [[None, *_picks(goal, ladder, align, guard)] for ladder in ladders]
-    if goal.timed:
+    """The choices of every layer.
+
+    Args:
+        goal: what is counted or timed.
+        ladders: of every layer.
+        rule: that will choose.
+        align: ranks are multiples of this.
+        guard: most of the break-even rank.
+        meter: times layers where the goal is in milliseconds, and is not asked otherwise.
+        rates: a table, by which milliseconds are predicted; none: they are timed.
+    """
+    timed = goal.timed and rates is None
+    picks = [[None, *_picks(ladder, align, guard, TIMED_RANKS if timed else None)] for ladder in ladders]
+    if timed:
         assert meter is not None  # the caller's: a goal in milliseconds needs a target
         picks, dense = _timed(ladders, picks, meter)
     else:
-        dense = [_dense_cost(goal, ladder[0]) for ladder in ladders]
+        dense = [_dense_cost(goal, ladder[0]) if rates is None else predicted(rates, ladder[0]) for ladder in ladders]
+
+    def cost(pick: Pick) -> float:
+        return _cost(goal, pick) if rates is None else predicted(rates, pick.way, pick.rank)
+
     options = [
         (
             Option(rank=0, cost=whole, loss=0.0),
-            *(Option(p.rank, _cost(goal, p), _loss(rule, p), p.way.scheme) for p in found if p),
+            *(Option(p.rank, cost(p), _loss(rule, p), p.way.scheme) for p in found if p),
         )
         for whole, found in zip(dense, picks, strict=True)
     ]
     return Offers(rule, picks, options)
 
 
-def _picks(goal: Goal, ladder: Ladder, align: int, guard: float) -> list[Pick]:
+def predicted(rates: Rates, way: Way, rank: int = 0) -> float:
+    """Milliseconds of a layer as two, or as one at rank 0; of one that the table lacks, those of its operations."""
+    dense = way.dense_cost("macs")
+    macs = way.cost("macs", rank) if rank else dense
+    ms = rates.mac * macs
+    if (alone := rates.ranks.get(way.candidate.name)) is not None:
+        ms += alone * macs / dense + (rates.pair if rank else 0.0)
+    return ms
+
+
+def _picks(ladder: Ladder, align: int, guard: float, most: int | None) -> list[Pick]:
     found = []
     for way in ladder:
         ranks = way.ranks(align, guard)
-        if goal.timed and len(ranks) > TIMED_RANKS:
-            ranks = tuple(ranks[round(i * (len(ranks) - 1) / (TIMED_RANKS - 1))] for i in range(TIMED_RANKS))
+        if most is not None and len(ranks) > most:
+            ranks = tuple(ranks[round(i * (len(ranks) - 1) / (most - 1))] for i in range(most))
         found += [Pick(way, rank) for rank in ranks]
     return found
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from typing import Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue
 from torch import nn
@@ -19,9 +19,12 @@ from slim.passes.prune import densities, widths
 from slim.passes.prune.criteria import BLIND, Criterion, Ranked, ranked, share_lost
 from slim.passes.prune.cut import cut, trusted
 from slim.passes.prune.groups import Group, attributes, groups_of, positions
-from slim.passes.prune.prices import prices
+from slim.passes.prune.prices import predicted, prices
 from slim.passes.prune.widths import Ranking, Units, Widths
 from slim.passes.reach import Words, cost_of, meter_of, reach
+
+if TYPE_CHECKING:
+    from slim.passes.elastic.latency import Rates
 
 ONLY_INNER = "its channels leave the block; scope all cuts them too"
 SPARED = "the budget is met with less loss elsewhere"
@@ -35,7 +38,8 @@ class Choosing(BaseModel):
 
     criterion: Criterion = "gram"
     """What a channel is worth: the energy it brings to the layers that read it (`gram`), its weights (`group-l2`), what
-    the prediction would change (`taylor`), its batch norm's scale (`bn`), or nothing (`random`)."""
+    the prediction (`taylor`) or the likelihood of the labels (`taylor-labels`) would change, its batch norm's scale
+    (`bn`), or nothing (`random`)."""
     ranking: Ranking | None = None
     """Who competes: all for what is lost per cost saved (`global`, the default), none (`local`, one share for all),
     groups of one build (`isomorphic`); or shares by densities: `synflow`, `erk`, `magnitude`, `proxy`."""
@@ -69,6 +73,7 @@ class Chooser:
                 (lambda: calibration.images(context)) if looks else None,
                 images=count,
                 seed=context.seed,
+                labels=calibration.labels(context, name) if given.criterion == "taylor-labels" else None,
                 device=context.device,
                 progress=context.progress,
             )
@@ -87,8 +92,12 @@ class Chooser:
         """The plan in which every group keeps this share."""
         return self.plan(widths.local(self.ranked, self.options)(ratio), ROUNDED)
 
-    def reach(self, to: str) -> Plan:
-        """The plan under a budget. Raises PassError where it cannot be reached."""
+    def reach(self, to: str, rates: Rates | None = None) -> Plan:
+        """The plan under a budget; with `rates`, which are in milliseconds, no layer is timed.
+
+        Raises:
+            PassError: the budget cannot be reached.
+        """
         goal = parse_goal(to)
         meter = meter_of(goal, self.context, self.name) if goal.measured else None
         fewest = [some[0] for some in self.options]
@@ -96,7 +105,9 @@ class Chooser:
         found = Widths(
             self.ranked,
             self.options,
-            prices(goal, self.model, groups, fewest, self.size, meter),
+            predicted(rates, self.model, groups, self.size)
+            if rates is not None
+            else prices(goal, self.model, groups, fewest, self.size, meter),
             self._by_share(goal),
         )
 

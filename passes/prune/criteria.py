@@ -1,11 +1,13 @@
-"""How much is lost with each unit of a group, by one of five criteria.
+"""How much is lost with each unit of a group, by one of six criteria.
 
     gram      energy that the unit's channels carry into the layers that read them: tr(W G W^T) with G their second
               moment on the images, centred where the reader has a bias, which makes up for the mean; of several
               readers the shares of what each puts out
     group-l2  squares of the unit's weights in all tensors of the group, biases apart: sum over tensors of
               |w_u|^2 / mean(w^2), so that layers of different scale count the same
-    taylor    what the log-likelihood loses to first order (Molchanov et al. 2019, arXiv:1906.10771); see observed.py
+    taylor    what the log-likelihood loses to first order (Molchanov et al. 2019, arXiv:1906.10771), of classes drawn
+              from the prediction: the Fisher information; see observed.py
+    taylor-labels  the same of the images' own labels: the empirical Fisher information
     bn        variance that the group's batch norms give the channels. With true running statistics that is the squared
               weight of the norm; it stays right where a norm is folded and says weight 1, variance 1
     random    uniform, to compare with
@@ -29,7 +31,7 @@ from slim.passes.prune.groups import Group
 from slim.passes.prune.observed import Calibration, look, reached, slopes
 from slim.passes.prune.scores import Part, by_slot, parts_of, unreached
 
-Criterion = Literal["gram", "group-l2", "taylor", "bn", "random"]
+Criterion = Literal["gram", "group-l2", "taylor", "taylor-labels", "bn", "random"]
 BLIND: frozenset[Criterion] = frozenset({"group-l2", "random"})
 """Criteria that look at no image."""
 TINY = torch.finfo(torch.double).tiny
@@ -54,6 +56,7 @@ def ranked(
     *,
     images: int,
     seed: int,
+    labels: Tensor | None = None,
     device: torch.device | None = None,
     progress: Progress = no_progress,
 ) -> tuple[list[Ranked], dict[str, str]]:
@@ -66,6 +69,7 @@ def ranked(
         batches: (B, C, H, W) each, the same images at every call, cut in any way; none: for group-l2 and random alone.
         images: how many they hold together.
         seed: of random scores and of the classes drawn.
+        labels: (images,) int64, for `taylor-labels` alone.
         device: where to work; none: the CPU, where the scores come to lie in any case.
         progress: told after every batch.
 
@@ -77,10 +81,11 @@ def ranked(
             f"prune: criterion {criterion} looks at images and there are none; "
             "give data with a training split, or criterion group-l2"
         )
-    given = batches and Calibration(batches, images, seed, device or torch.device("cpu"), progress)
+    own = labels if criterion == "taylor-labels" else None
+    given = batches and Calibration(batches, images, seed, device or torch.device("cpu"), progress, own)
     parts = {group: parts_of(group) for group in groups}
     left: dict[str, str] = {}
-    if given and criterion in ("gram", "taylor"):
+    if given and criterion in ("gram", "taylor", "taylor-labels"):
         on_way = reached(model, [spot for some in parts.values() for part in some for spot in part.spots], given)
         why = {group.name: [unreached(part, on_way) for part in some] for group, some in parts.items()}
         left |= {name: reason for name, reasons in why.items() for reason in reasons if reason}

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from slim.contract import Progress, no_progress
@@ -37,6 +38,8 @@ class Calibration:
     device: torch.device
     """Where the network lies."""
     progress: Progress
+    labels: Tensor | None = None
+    """(images,) int64; none: classes are drawn from the prediction."""
 
     def cut(self, size: int) -> Iterator[Tensor]:
         """The images in batches of `size`, whatever batches they come in: what is found then depends on no cut."""
@@ -99,7 +102,7 @@ def reached(model: nn.Module, spots: Sequence[Spot], given: Calibration) -> froz
 
     The others have a layer that is not called, or that is called with a table of the network's own.
     """
-    first = replace(given, batches=lambda: [next(given.cut(1))], images=1, progress=no_progress)
+    first = replace(given, batches=lambda: [next(given.cut(1))], images=1, progress=no_progress, labels=None)
     return frozenset(slopes(model, spots, first))
 
 
@@ -107,8 +110,9 @@ def slopes(model: nn.Module, spots: Sequence[Spot], given: Calibration) -> dict[
     """(units,) fp64 at every spot: mean over images of (sum of a dL/da over positions and the unit's channels) ** 2.
 
     To first order a dL/da is what the log-likelihood L loses with a (Molchanov et al. 2019, arXiv:1906.10771). L is
-    that of a class drawn from the prediction itself, as in slim/passes/sensitivity.py, so that it needs no labels. Of a
-    tensor that several layers read, each has its own part of the gradient. Spots that it does not reach are missing.
+    that of a class drawn from the prediction itself, as in slim/passes/sensitivity.py, or of the image's label where
+    labels are given. Of a tensor that several layers read, each has its own part of the gradient. Spots that it does
+    not reach are missing.
 
     Raises:
         PassError: the prediction of an image is not finite.
@@ -152,7 +156,13 @@ def slopes(model: nn.Module, spots: Sequence[Spot], given: Calibration) -> dict[
         for images in given.cut(BATCH):
             count = len(images)
             shown = images.clone().requires_grad_(True)
-            torch.autograd.grad(drawn_loss(model(shown), generator, "prune"), shown)
+            logits = model(shown)
+            if given.labels is None:
+                loss = drawn_loss(logits, generator, "prune")
+            else:
+                labels = given.labels[done : done + count].to(logits.device)
+                loss = F.cross_entropy(logits.float(), labels, reduction="sum")
+            torch.autograd.grad(loss, shown)
             for spot, unit in sums.items():
                 here = unit.square().sum(0).cpu()
                 squares[spot] = squares[spot] + here if spot in squares else here

@@ -1,7 +1,8 @@
 """What a network costs as a function of the widths of its groups: parts of the network, each read off a few widths.
 
-Parameters and multiply-accumulates are products of what stays in each dimension, and exact. Milliseconds come from a
-table of single layers, timed on the target at a few widths of their inputs and outputs, with straight lines between.
+Parameters and multiply-accumulates are products of what stays in each dimension, and exact. Milliseconds come from
+single layers, timed on the target at a few widths of their inputs and outputs, with straight lines between; or from a
+model that was fitted to whole networks.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,6 +23,9 @@ from slim.contract import Meter
 from slim.goal import Goal
 from slim.passes.layers import Calls, calls_of
 from slim.passes.prune.groups import Group
+
+if TYPE_CHECKING:
+    from slim.passes.elastic.latency import Rates
 
 Layer = nn.Linear | nn.Conv2d
 
@@ -121,30 +125,57 @@ def prices(
         size: (C, H, W) of the network's input.
         meter: times layers where the goal is in milliseconds.
     """
-    sides = _sides(model, groups)
-    if not goal.timed and goal.metric != "macs":
-        each = 4 if goal.metric == "size" else 1  # bytes of one parameter in the file
-        return _with_rest([Product(found, each) for found in sides.values()], each * costs.count_params(model), groups)
-    layers = {
-        name: sides[f"{name}.weight"]
-        for name, module in model.named_modules()
-        if isinstance(module, Layer) and f"{name}.weight" in sides
-    }
-    calls = calls_of(model, layers, size)
     if goal.timed:
         assert meter is not None  # the caller's: a goal in milliseconds needs a target
-        return _timed(model, layers, calls, fewest, [group.units for group in groups], meter)
+        layers = _layers(model, groups)
+        units = [group.units for group in groups]
+        return _timed(model, layers, calls_of(model, layers, size), fewest, units, meter)
+    if goal.metric == "macs":
+        return _with_rest(_operations(model, groups, size), costs.count_macs(model, size), groups)
+    each = 4 if goal.metric == "size" else 1  # bytes of one parameter in the file
+    parts = [Product(found, each) for found in _sides(model, groups).values()]
+    return _with_rest(parts, each * costs.count_params(model), groups)
+
+
+def predicted(rates: Rates, model: nn.Module, groups: Sequence[Group], size: tuple[int, int, int]) -> Prices:
+    """Milliseconds by a table of the network: of its operations, and of the widths of groups that the table has.
+
+    The other arguments are those of `prices`.
+    """
+    parts = [Product(part.sides, rates.mac * part.each) for part in _operations(model, groups, size)]
+    parts += [
+        Product((Side(group.units, {number: 1}),), rates.widths[group.name] / group.units)
+        for number, group in enumerate(groups)
+        if group.name in rates.widths
+    ]
+    return _with_rest([part for part in parts if part.each > 0], rates.whole, groups)
+
+
+def _operations(model: nn.Module, groups: Sequence[Group], size: tuple[int, int, int]) -> list[Product]:
+    """Multiply-accumulates of what the groups change."""
+    layers = _layers(model, groups)
+    calls = calls_of(model, layers, size)
     parts = [Product(found, _positions(model, name, calls[name])) for name, found in layers.items()]
     for number, group in enumerate(groups):
         if group.kind in ("heads", "dims"):  # queries times keys, and what comes of it times values
             each = sum(2 * windows * tokens**2 for _, (windows, tokens, _) in calls[group.makers[0]])
             parts.append(Product((Side(group.width, {number: group.unit}),), each))
-    return _with_rest(parts, costs.count_macs(model, size), groups)
+    return parts
 
 
 def _with_rest(parts: Sequence[Part], whole: float, groups: Sequence[Group]) -> Prices:
     """Prices of a network that costs `whole` as it is."""
     return Prices(tuple(parts), whole - sum(part.cost([0] * len(groups)) for part in parts))
+
+
+def _layers(model: nn.Module, groups: Sequence[Group]) -> dict[str, tuple[Side, ...]]:
+    """Linear layer or convolution that a group changes -> dimensions of its weight."""
+    sides = _sides(model, groups)
+    return {
+        name: sides[f"{name}.weight"]
+        for name, module in model.named_modules()
+        if isinstance(module, Layer) and f"{name}.weight" in sides
+    }
 
 
 def _sides(model: nn.Module, groups: Sequence[Group]) -> dict[str, tuple[Side, ...]]:

@@ -43,6 +43,8 @@ class Prune(Choosing, Pass):
     `sparsified`: exactly what the sparsify before it chose."""
     ratio: float | None = Field(default=None, gt=0, lt=1)
     """Without `to`: share of its channels each group keeps, in (0, 1)."""
+    table: str | None = None
+    """Latency table of `slim table build`; none times layers alone where the budget is in milliseconds."""
     repair: Literal["both", "outputs", "norms", "none"] = "both"
     """Closed-form repair on the calibration images: layers that lost inputs by least squares, norms' statistics."""
     memory_gb: float = Field(default=2.0, gt=0)
@@ -63,6 +65,9 @@ class Prune(Choosing, Pass):
         unused = [name for name, known in Choosing.model_fields.items() if getattr(self, name) != known.default]
         if self.to == SPARSIFIED and unused:
             raise ValueError(f"to={SPARSIFIED} cuts what sparsify chose, so {', '.join(unused)} must be set there")
+        if self.table is not None and (self.to in (None, SPARSIFIED) or not parse_goal(str(self.to)).timed):
+            given = f"ratio={self.ratio}" if self.to is None else f"to={self.to}"
+            raise ValueError(f"table={self.table} is of milliseconds, and {given} is not; give --to 0.6x-latency")
         return self
 
     @property
@@ -76,14 +81,27 @@ class Prune(Choosing, Pass):
         """Whether the budget is one of the exported file."""
         return self.to is not None and self.to != SPARSIFIED and parse_goal(self.to).measured
 
+    def sources(self, context: Context) -> dict[str, str]:
+        """The table's content."""
+        if self.table is None:
+            return {}
+        from slim.passes.elastic import table  # which is built on this package
+
+        return table.sources(self.table)
+
     def plan(self, model: nn.Module, context: Context) -> Plan:
         """What stays of every tensor, by group, and why the other groups stay whole."""
         if self.repair != "none":
             calibration.count(context, self.name, BLINDLY)  # an error now, not after the work
         if self.to == SPARSIFIED:
             return self._sparsified(context)
+        rates = None
+        if self.table is not None:
+            from slim.passes.elastic import dense  # which is built on this package
+
+            rates = dense.rates(self.table, model, parse_goal(str(self.to)), context, self.name)
         chooser = Chooser(self, model, context, self.name)
-        plan = chooser.at_ratio(self.ratio) if self.ratio is not None else chooser.reach(str(self.to))
+        plan = chooser.at_ratio(self.ratio) if self.ratio is not None else chooser.reach(str(self.to), rates)
         if not plan["groups"]:
             reasons = sorted(set(cast(dict[str, str], plan["left"]).values()))
             rule = f"to {self.to}" if self.to else f"ratio {self.ratio}"

@@ -66,19 +66,24 @@ def test_elastic_tells_what_there_is_to_choose_from_and_what_it_left() -> None:
         "fc1": {"kind": "channels", "unit": 2, "choices": [32, 16], "layers": layers},
         "attn.qkv:heads": {"kind": "heads", "unit": 16, "choices": [3, 2], "layers": {"makes": ["attn.qkv"]}},
     }
-    plan = {"dims": dims, "left": {"stem": "classifier"}}
+    ranks = {name: {"choices": [0, 16, 8]} for name in ("fc1", "fc3")}
+    plan: dict[str, Any] = {"dims": dims, "left": {"stem": "classifier"}, "ranks": {}}
     assert told("elastic", plan, "fc1") == ("64, 32 outputs to choose from", False)
     assert told("elastic", plan, "attn.qkv") == ("3, 2 heads to choose from", False)
     assert told("elastic", plan, "stem") == ("left, classifier", False)
     assert told("elastic", plan, "fc2") is None
+    plan |= {"ranks": ranks}
+    assert told("elastic", plan, "fc1") == ("64, 32 outputs; whole or rank 16, 8 to choose from", False)
+    assert told("elastic", plan, "fc3") == ("whole or rank 16, 8 to choose from", False)
 
 
 def test_subnet_tells_widths_and_blocks_that_are_left_out() -> None:
     given = group(["a"], ["b"], 64, 32)
     del given["lost"]
-    plan = {"groups": {"a": given}, "skipped": ["layer1.1"]}
+    plan = {"groups": {"a": given}, "skipped": ["layer1.1"], "ranks": {"b": 8, "c": 16}}
     assert told("subnet", plan, "a") == ("64 -> 32 outputs", True)
-    assert told("subnet", plan, "b") == ("64 -> 32 inputs", True)
+    assert told("subnet", plan, "b") == ("64 -> 32 inputs, two layers of rank 8", True)
+    assert told("subnet", plan, "c") == ("two layers of rank 16", True)
     assert told("subnet", plan, "layer1.1.conv2") == ("its block is left out", True)
     assert told("subnet", plan, "layer1.10.conv2") is None
 

@@ -65,6 +65,7 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     count(measure, "measure_accuracy")
     count(latency, "latency", protocol=QUICK)
     count(latency, "compare", protocol=QUICK)
+    count(latency, "beside", protocol=QUICK)
     return done
 
 
@@ -218,3 +219,18 @@ def test_progress_counts_every_image(digits: Data, shared: TargetMeter) -> None:
     path = shared.export(network(0)).path
     measure_accuracy(path, TARGET, digits, BACKBONE.input, progress=progress)
     assert shown == {"total": 70, "done": 70}
+
+
+def test_several_beside_one_are_ratios_in_their_order_and_are_asked_once(
+    counted: list[str], digits: Data, tmp_path: Path
+) -> None:
+    meter, small = TargetMeter(TARGET, digits, tmp_path), network(0)
+    deep = BACKBONE.model_copy(update={"kwargs": {**BACKBONE.kwargs, "depth": 12}})
+    large = Artifact.of(deep.build(seed=0), deep)
+    found = meter.beside([large, small], small)
+    assert [one.unit for one in found] == ["ratio", "ratio"]
+    assert found[0].value > 2  # twelve blocks against one
+    assert 0.5 < found[1].value < 2  # a file against itself, on a machine that may be busy
+    assert all(one.low is not None and one.high is not None and one.low <= one.value <= one.high for one in found)
+    assert meter.beside([large, small], small) == found
+    assert counted.count("beside") == 1

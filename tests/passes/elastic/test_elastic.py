@@ -400,7 +400,7 @@ def test_too_many_images_held_out_are_an_error_before_any_work(count: int, conte
         ({"align": 0}, "greater than or equal to 1"),
         ({"epochs": -1}, "greater than or equal to 0"),
         ({"heads": "dims"}, "'whole' or 'none'"),
-        ({"criterion": "l1"}, "'gram', 'group-l2', 'taylor', 'bn' or 'random'"),
+        ({"criterion": "l1"}, "'gram', 'group-l2', 'taylor', 'taylor-labels', 'bn' or 'random'"),
     ],
 )  # fmt: skip
 def test_settings_that_cannot_work_are_refused_in_one_line(settings: dict[str, Any], said: str) -> None:
@@ -428,3 +428,13 @@ def test_a_supernet_is_not_dense_until_a_subnet_is_cut_out(context: Context) -> 
         Pipeline((elastic, LowRank(ratio=0.5), subnet)).check(given, context)
     Pipeline((elastic, subnet, prune)).check(given, context)
     Pipeline((elastic, subnet, elastic)).check(given, context)
+
+
+def test_the_labels_rank_otherwise_than_the_prediction(context: Context) -> None:
+    orders = {
+        criterion: [dim["order"] for dim in plan_of(made)["dims"].values()]
+        for criterion in ("taylor", "taylor-labels")
+        if (made := Elastic(epochs=0, criterion=criterion, **FAST)(artifact("vit"), context))
+    }
+    assert orders["taylor"] != orders["taylor-labels"]
+    assert all(sorted(one) == sorted(other) for one, other in zip(*orders.values(), strict=True))

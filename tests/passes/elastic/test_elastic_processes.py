@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,8 +23,12 @@ from slim.artifact import Backbone
 from slim.contract import Context, Loading
 from slim.data import Augment, open_data
 from slim.distributed import is_main
+from slim.passes.elastic import trials
 from slim.passes.elastic.sampling import ladder, sandwich
+from slim.passes.elastic.space import Subnet
+from slim.passes.elastic.trials import Trials
 from slim.training import Training
+from tests.passes.elastic import toys_of_search
 from tests.passes.elastic.toys_of_training import VIT, branched, sandwiched, space_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -87,3 +92,64 @@ def test_two_processes_learn_what_one_learns(tmp_path: Path) -> None:
         assert max(float((one[name] - fresh[name]).abs().max()) for name in fresh) > 1e-3, "nothing was learned"
         for name, value in one.items():
             torch.testing.assert_close(two[name], value, rtol=0, atol=1e-5)
+
+
+# What all processes of a search need
+
+
+@dataclass
+class Two:
+    """Two processes of two machines with one storage, in one."""
+
+    here: Trials
+    there: Trials
+    who: str
+    asked: list[str] = field(default_factory=list)
+    meanwhile: float | None = None
+
+    def accuracy(self, subnet: Subnet) -> float:
+        self.asked.append(self.who)
+        return 50.0
+
+    def at_once(self, subnet: Subnet) -> float:
+        """Evaluated there; meanwhile it is asked for here."""
+        self.who = "here:1"
+        self.meanwhile = self.here.once(subnet, self.accuracy)
+        self.who = "there:1"
+        return self.accuracy(subnet)
+
+
+@pytest.fixture
+def both(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Two:
+    url, space = f"sqlite:///{tmp_path / 'search.db'}", toys_of_search.space(2)
+    made = Two(Trials("toy", url, space), Trials("toy", url, space), "there:1")
+    monkeypatch.setattr(trials, "_owner", lambda: made.who)
+    return made
+
+
+def test_what_all_need_is_evaluated_by_one_and_the_others_wait(both: Two) -> None:
+    largest = toys_of_search.space(2).largest
+    assert both.there.once(largest, both.at_once) == 50.0
+    assert both.meanwhile is None
+    assert both.here.once(largest, both.accuracy) == 50.0
+    assert both.asked == ["there:1"]
+
+
+def test_what_another_process_does_not_end_is_not_waited_for_for_ever(
+    both: Two, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(trials, "PATIENCE_S", 0)
+    assert both.there.once(toys_of_search.space(2).largest, both.at_once) == 50.0
+    assert (both.meanwhile, both.asked) == (50.0, ["here:1", "there:1"])
+
+
+def test_what_raises_is_evaluated_by_the_next_that_needs_it(both: Two) -> None:
+    largest = toys_of_search.space(2).largest
+
+    def fails(subnet: Subnet) -> float:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        both.there.once(largest, fails)
+    both.who = "here:1"
+    assert both.here.once(largest, both.accuracy) == 50.0

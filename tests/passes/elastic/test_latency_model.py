@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from random import Random
 from typing import Any
@@ -43,6 +43,10 @@ def timed(ms: Callable[[Subnet], float]) -> Measure:
     return measure
 
 
+def each(measure: Measure) -> Callable[[Sequence[Subnet]], list[Measurement]]:
+    return lambda some: [measure(subnet) for subnet in some]
+
+
 def additive(terms: Terms) -> Measure:
     """A truth of the model's own form, with no term for every third width and block."""
     theta = np.array([0.3 * (number % 3) for number in range(len(terms.names) - 2)] + [2.0, 1.5])
@@ -80,7 +84,7 @@ def test_a_space_with_few_subnets_is_measured_whole() -> None:
 
 def test_a_sum_of_terms_is_recovered(space: Space, terms: Terms) -> None:
     measure = additive(terms)
-    model = build(terms, measure, HERE, seed=0)
+    model = build(terms, each(measure), HERE, seed=0)
     assert model.form == "terms"
     assert min(model.theta) >= 0
     assert model.errors["terms"].mape < 1
@@ -92,7 +96,7 @@ def test_a_sum_of_terms_is_recovered(space: Space, terms: Terms) -> None:
 
 def test_a_narrower_subnet_is_never_predicted_to_be_slower(space: Space, terms: Terms) -> None:
     rng, noise = Random(3), Random(4)
-    model = build(terms, timed(lambda subnet: toys.cost(space, subnet) * noise.uniform(0.8, 1.2)), HERE, seed=0)
+    model = build(terms, each(timed(lambda subnet: toys.cost(space, subnet) * noise.uniform(0.8, 1.2))), HERE, seed=0)
     assert min(model.theta) >= 0
     for subnet in (drawn(space, rng) for _ in range(100)):
         narrower = Subnet(tuple(max(2, count - 2) for count in subnet.units), subnet.on)
@@ -103,7 +107,7 @@ def test_the_line_is_used_where_it_predicts_better(space: Space, terms: Terms) -
     noise = Random(0)
     # Fifteen terms for thirty rows learn the noise; two hardly do.
     measure = timed(lambda subnet: (1.0 + 3e-6 * terms.macs(subnet)) * noise.uniform(0.93, 1.07))
-    model = build(terms, measure, HERE, seed=0)
+    model = build(terms, each(measure), HERE, seed=0)
     assert model.form == "macs"
     assert model.errors["macs"].mape < model.errors["terms"].mape
     assert set(model.theta[:-2]) == {0.0}
@@ -119,7 +123,7 @@ def test_the_errors_are_those_of_what_was_held_out(terms: Terms) -> None:
     truth = additive(terms)
     held = set(rows_to_measure(terms, seed=0)[1])
     # Twice as slow where nothing is fitted: predictions are half of it, all of them.
-    model = build(terms, timed(lambda one: truth(one).value * (2 if one in held else 1)), HERE, seed=0)
+    model = build(terms, each(timed(lambda one: truth(one).value * (2 if one in held else 1))), HERE, seed=0)
     assert model.errors["terms"].mape == pytest.approx(50, abs=0.5)
     assert model.errors["terms"].largest == pytest.approx(50, abs=0.5)
     assert model.errors["terms"].tau == pytest.approx(1.0)
@@ -132,12 +136,12 @@ def test_blocks_built_alike_share_their_terms(space: Space) -> None:
     assert terms.names == ("width stem", "width mlp", "block block", "macs", "constant")
     (row,) = terms([Subnet((8, 8, 4, 2, 8, 8, 8), (True, True, True, False, False, False))])
     assert row[:3] == pytest.approx([1.0, 1 + 0.5 + 0.25, 3.0])
-    model = build(terms, additive(terms), HERE, seed=0)
+    model = build(terms, each(additive(terms)), HERE, seed=0)
     assert model.errors["terms"].mape < 1
 
 
 def test_a_table_comes_back_as_it_was_written(space: Space, terms: Terms) -> None:
-    model = build(terms, additive(terms), HERE, seed=0)
+    model = build(terms, each(additive(terms)), HERE, seed=0)
     written = json.dumps(model.as_json(), sort_keys=True)
     read = LatencyModel.from_json(json.loads(written), terms, HERE)
     assert read.as_json() == model.as_json()
@@ -151,7 +155,7 @@ def test_a_table_comes_back_as_it_was_written(space: Space, terms: Terms) -> Non
     ("changed", "value"), [("device", "ba9876543210"), ("target", "ort:cpu,threads=2"), ("supernet", "0" * 64)]
 )
 def test_a_table_of_something_else_is_refused(terms: Terms, changed: str, value: str) -> None:
-    data = build(terms, additive(terms), HERE, seed=0).as_json()
+    data = build(terms, each(additive(terms)), HERE, seed=0).as_json()
     elsewhere = replace(HERE, **{changed: value})
     said = f"latency table: it was measured for {changed} '{getattr(HERE, changed)}', not '{value}'; measure again"
     for read in (lambda: LatencyModel.from_json(data, terms, elsewhere), lambda: rows_of(data, elsewhere)):
@@ -161,7 +165,7 @@ def test_a_table_of_something_else_is_refused(terms: Terms, changed: str, value:
 
 
 def test_a_table_of_another_space_format_or_half_done_is_refused(terms: Terms) -> None:
-    data: dict[str, Any] = build(terms, additive(terms), HERE, seed=0).as_json()
+    data: dict[str, Any] = build(terms, each(additive(terms)), HERE, seed=0).as_json()
     small = toys.space(2)
     with pytest.raises(StoreError, match="its terms are not those of this space"):
         LatencyModel.from_json(data, Terms(small, lambda subnet: 1.0), HERE)
@@ -175,12 +179,12 @@ def test_what_was_measured_before_is_not_measured_again(terms: Terms) -> None:
     truth, kept = additive(terms), list[Row]()
 
     def killed(subnet: Subnet) -> Measurement:
-        if len(kept) == 11:
+        if len(kept) == 12:
             raise KeyboardInterrupt
         return truth(subnet)
 
     with pytest.raises(KeyboardInterrupt):
-        build(terms, killed, HERE, seed=0, keep=kept.append)
+        build(terms, each(killed), HERE, seed=0, keep=kept.append)
     stored = json.loads(json.dumps(as_table(HERE, kept)))
     asked, more = list[Subnet](), list[Row]()
 
@@ -188,7 +192,7 @@ def test_what_was_measured_before_is_not_measured_again(terms: Terms) -> None:
         asked.append(subnet)
         return truth(subnet)
 
-    model = build(terms, counted, HERE, seed=0, rows_done=rows_of(stored, HERE), keep=more.append)
+    model = build(terms, each(counted), HERE, seed=0, rows_done=rows_of(stored, HERE), keep=more.append)
     fit, held = rows_to_measure(terms, seed=0)
-    assert asked == [*fit, *held][11:] == [row.subnet for row in more]
-    assert model.as_json() == build(terms, truth, HERE, seed=0).as_json()
+    assert asked == [*fit, *held][12:] == [row.subnet for row in more]
+    assert model.as_json() == build(terms, each(truth), HERE, seed=0).as_json()

@@ -147,10 +147,11 @@ def timed(context: Context, tmp_path_factory: pytest.TempPathFactory) -> Any:
     step = UNTRAINED.model_copy(update={"widths": (0.75, 0.5, 0.25), "align": 8, "skip": ("stem", "down")})
     made = step(Artifact.of(chosen.build(seed=1, trust=True), chosen, trust=True), context)
     assert [dim.choices for dim in space_of(made, step).dims] == [(1024, 768, 512, 256)]
-    real, once = latency.compare, latency.latency
+    real, once, turns = latency.compare, latency.latency, latency.beside
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(latency, "compare", lambda *files, **options: real(*files, **options, protocol=QUICK))
         patch.setattr(latency, "latency", lambda *files, **options: once(*files, **options, protocol=QUICK))
+        patch.setattr(latency, "beside", lambda *files, **options: turns(*files, **options, protocol=QUICK))
         target = Target.parse("ort:cpu,threads=1,batch=8")
         meter = TargetMeter(target, None, tmp_path_factory.mktemp("exported"))
         yield made, replace(context, meter=meter)

@@ -375,6 +375,21 @@ def test_what_cannot_be_ranked_says_why() -> None:
     assert ranked(model, [model.group()], "group-l2", feed(images), images=4, seed=0)[0]
 
 
+def test_with_labels_it_is_their_likelihood_that_is_lost() -> None:
+    model, images = Forked(), shown(7, TOY)
+    labels = torch.tensor([0, 5, 2, 2, 1, 4, 3])
+    once, twice = (model.hidden(images).detach().requires_grad_(True) for _ in range(2))
+    loss = nn.functional.cross_entropy(model.one(once) + model.two(twice), labels, reduction="sum")
+    slopes = torch.autograd.grad(loss, (once, twice))
+    expected = sum((once * slope).square().mean(0).detach().double() for slope in slopes)
+    found = rank(model, model.group("one", "two"), "taylor-labels", images, labels=labels).scores
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-9)
+    other = rank(model, model.group("one", "two"), "taylor-labels", images, labels=labels.flip(0)).scores
+    assert not torch.allclose(found, other, rtol=0.01)
+    drawn = rank(model, model.group("one", "two"), "taylor", images, labels=labels).scores
+    assert torch.equal(drawn, rank(model, model.group("one", "two"), "taylor", images).scores)
+
+
 @pytest.mark.parametrize("criterion", ["gram", "taylor", "bn"])
 def test_criteria_that_look_at_images_ask_for_some(criterion: Criterion) -> None:
     model = Forked()

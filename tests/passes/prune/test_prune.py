@@ -91,7 +91,7 @@ def net() -> Artifact:
         ({"to": "sparsified", "criterion": "bn", "skip": ["a"]}, "chose, so criterion, skip must be set there"),
         ({"ratio": 0.5, "align": 0}, "greater than or equal to 1"),
         ({"ratio": 0.5, "floor": 0}, "greater than or equal to 1"),
-        ({"ratio": 0.5, "criterion": "l1"}, "'gram', 'group-l2', 'taylor', 'bn' or 'random'"),
+        ({"ratio": 0.5, "criterion": "l1"}, "'gram', 'group-l2', 'taylor', 'taylor-labels', 'bn' or 'random'"),
         ({"ratio": 0.5, "heads": "some"}, "'whole', 'dims' or 'none'"),
         ({"ratio": 0.5, "memory_gb": 0}, "greater than 0"),
     ],
