@@ -225,6 +225,11 @@ def pass_command(pass_class: type[Pass]) -> click.Command:
     return PassCommand(pass_class.name, callback=build, params=options, help=text, short_help=text.split("\n")[0])
 
 
+def _listed(context: click.Context, parameter: click.Parameter, values: tuple[str, ...]) -> tuple[str, ...]:
+    """Numbers of `--widths 1,0.5` as of `--widths 1 --widths 0.5`."""
+    return tuple(part.strip() for value in values for part in value.split(","))
+
+
 def _option(name: str, info: Any) -> click.Option:
     annotation = info.annotation
     if get_origin(annotation) in (Union, UnionType):
@@ -235,7 +240,8 @@ def _option(name: str, info: Any) -> click.Option:
     if annotation is bool:
         return click.Option([f"{flag}/--no-{flag[2:]}"], default=None, help=text)
     if get_origin(annotation) is tuple:
-        return click.Option([flag], multiple=True, help=text)
+        numbers = get_args(annotation)[0] in (int, float)
+        return click.Option([flag], multiple=True, callback=_listed if numbers else None, help=text)
     if get_origin(annotation) is Literal:
         return click.Option([flag], type=click.Choice(get_args(annotation)), help=text)
     return click.Option([flag], type=annotation if annotation in (int, float) else str, help=text)

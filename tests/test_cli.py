@@ -124,6 +124,18 @@ def test_dry_run_prints_the_plan_and_does_nothing(call: Any, tiny: tuple[str, ..
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("given", [("1,0.5",), ("1", "0.5"), ("1.0, 0.5",)])
+def test_several_numbers_come_with_commas_or_one_by_one(
+    given: tuple[str, ...], call: Any, tiny: tuple[str, ...], tmp_path: Path
+) -> None:
+    widths = [word for one in given for word in ("--widths", one)]
+    line = (*tiny, "--target", "ort:cpu", "--out", tmp_path / "r", "--dry-run", "--json")
+    said = call("run", *line, "finetune", "elastic", *widths, "--held-out", "20")
+    assert said.code == 0, said.error
+    (_, step) = json.loads(said.out)["recipe"]["passes"]
+    assert step["widths"] == [1.0, 0.5]
+
+
 def test_all_rolled_back_is_said_first_and_is_a_failure_only_on_demand(
     call: Any, tiny: tuple[str, ...], tmp_path: Path
 ) -> None:
