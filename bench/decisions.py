@@ -105,7 +105,8 @@ def _elastic(plan: Plan, layer: str) -> Sentence | None:
         texts.append(f"whole or rank {', '.join(map(str, rank['choices'][1:]))}")
     if texts:
         return Sentence(f"{'; '.join(texts)} to choose from", False)
-    reasons = (reason for name, reason in plan["left"].items() if name.partition(":")[0] == layer)
+    names = (layer, f"rank of {layer}")
+    reasons = (reason for name, reason in plan["left"].items() if name.partition(":")[0] in names)
     return next((Sentence(f"left, {reason}", False) for reason in reasons), None)
 
 

@@ -211,7 +211,7 @@ def cut(
 
     Raises:
         UsageError: the order, data or target cannot work, or `out` is taken.
-        StoreError: the table is of another device, target or supernet.
+        StoreError: the table is of another device, target or network.
     """
     found.recipe.model_copy(update={"passes": _chain(goals[0], wishes)}).pipeline().check(
         found.start.artifact, found.context()

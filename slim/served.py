@@ -41,7 +41,7 @@ class Served:
         known: dict[str, Any] = {}
         beside = self.path.parent / "bundle.json"
         if self.run:
-            is_dense = self.path.absolute() == self.run.dense.absolute()
+            is_dense = self.run.dense.exists() and self.path.samefile(self.run.dense)
             known = (self.run.dense_input if is_dense else self.run.artifact.backbone.input).model_dump()
         elif beside.is_file():
             known = _bundled_preprocessing(beside)

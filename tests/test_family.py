@@ -92,7 +92,7 @@ def test_a_table_is_measured_and_its_errors_are_told(table: tuple[Path, str]) ->
 
 def test_a_table_that_was_interrupted_is_gone_on_with(call: Any, of_four: Path, table: tuple[Path, str]) -> None:
     whole = json.loads(table[0].read_text())
-    begun = {key: value for key, value in whole.items() if key in ("format", "device", "target", "supernet")}
+    begun = {key: value for key, value in whole.items() if key in ("format", "device", "target", "network")}
     part = of_four.parent / "part.json"
     part.write_text(json.dumps({**begun, "rows": whole["rows"][:3]}))
     said = call("table", "build", of_four, "--out", part, "--json", "--quiet")

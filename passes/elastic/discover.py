@@ -101,7 +101,8 @@ def _ranks(
     """Layers that may be two, each at the shares wanted, and why the others may not."""
     if all(share == 1 for share in wanted.ranks):
         return [], {}
-    found, left = candidates(model, size, min_width=wanted.min_width)
+    pairs = frozenset(name for name, module in model.named_modules() if schemes.scheme_of(module))
+    found, left = candidates(model, size, min_width=wanted.min_width, factored=pairs)
     ranks = []
     for one in found:
         even = schemes.break_even(one.layer, "channel")
@@ -114,7 +115,8 @@ def _ranks(
             left[one.name] = f"no rank of {wanted.align} or more pays"
         else:
             weight = one.layer.weight
-            ranks.append(Rank(one.name, (0, *sorted(choices, reverse=True)), len(weight), weight[0].numel()))
+            rows, inputs, taps = weight.shape[0], weight.shape[1], weight[0, 0].numel()
+            ranks.append(Rank(one.name, (0, *sorted(choices, reverse=True)), rows, inputs, taps))
     sure = ranks if _same_as_two(model, ranks, size) else [one for one in ranks if _same_as_two(model, [one], size)]
     left |= {rank.layer: "two layers do not compute what it does" for rank in ranks if rank not in sure}
     return sure, {f"rank of {name}": why for name, why in left.items()}

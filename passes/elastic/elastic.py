@@ -126,7 +126,7 @@ class Elastic(Training, Augment, Pass):
             "widths": len(found.groups),
             "blocks": len(found.blocks),
             "ranks": len(found.ranks),
-            "sides": len(found.pixels),
+            "sides": len(found.pixels) - 1,
             "left": len(found.left),
             "networks_a_step": self.nets if self.method == "sandwich" else 2,
             "steps": data.steps(context.loading.batch_size, self.splits) * self.epochs,
@@ -153,8 +153,8 @@ class Elastic(Training, Augment, Pass):
             reasons = "; ".join(sorted(set(space.left.values()))) or "no layer makes channels that another reads"
             raise PassError(f"elastic: nothing can be elastic ({reasons}); skip less, or lower floor")
         context.log.info(
-            "elastic: %d widths, %d blocks, %d ranks, %d sides of the input; %d stay as they are",
-            *(len(space.dims), len(space.blocks), len(space.ranks), len(space.pixels), len(space.left)),
+            "elastic: %d widths, %d blocks, %d ranks, %d smaller inputs; %d stay as they are",
+            *(len(space.dims), len(space.blocks), len(space.ranks), len(space.pixels) - 1, len(space.left)),
         )
         for line in overview.lines(space):
             context.log.info("elastic:   %s", line)

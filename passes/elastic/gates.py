@@ -38,7 +38,7 @@ def gated(model: nn.Module, space: Space) -> Iterator[Callable[[Subnet], None]]:
         for skip, on in zip(skips, one.on, strict=True):
             skip.off = not on
         for projection, rank in zip(ranks, one.ranks, strict=True):
-            projection.rank = rank
+            projection.choose(rank)
         side.pixels = one.pixels
 
     with ExitStack() as attached:

@@ -78,7 +78,7 @@ class Rates:
 
 @dataclass(frozen=True, eq=False)
 class LatencyModel:
-    """Predicts milliseconds on one target, for the subnets of one supernet."""
+    """Predicts milliseconds on one target, for the subnets of one network."""
 
     terms: Terms
     theta: tuple[float, ...]
@@ -131,7 +131,7 @@ class LatencyModel:
         """What `as_json` wrote.
 
         Raises:
-            StoreError: it is of another device, target, supernet or space, or not finished.
+            StoreError: it is of another device, target, network or space, or not finished.
         """
         rows = _finished(data, origin)
         if {*data["terms"]} != {*terms.names}:

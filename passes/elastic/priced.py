@@ -16,6 +16,7 @@ from torch import nn
 from slim import costs, environment, store
 from slim.artifact import Step
 from slim.contract import Context, Fed, Meter
+from slim.errors import PassError
 from slim.goal import Goal
 from slim.measurement import Measurement
 from slim.passes.elastic.blockwise import Blockwise
@@ -45,11 +46,18 @@ class Priced:
         """That of a network and the history it comes with.
 
         Raises:
-            PassError: the structure was changed since it was made elastic.
+            PassError: the structure, or what it is fed, was changed since it was made elastic.
         """
         assert context.backbone is not None  # Pass.__call__ set it
         elastic, step = elastic_of(context)
-        return cls(model, elastic.space_of(model, context.backbone.input.size, step.plan), context, **fields)
+        space = elastic.space_of(model, context.backbone.input.size, step.plan)
+        _, height, width = context.backbone.input.size
+        if len(space.pixels) > 1 and not height == width > space.pixels[1]:
+            raise PassError(
+                f"subnet: the network was made elastic at another input: {space.pixels[1]} pixels are no smaller side "
+                f"of {height}x{width}; give it that input again, or make it elastic at this one"
+            )
+        return cls(model, space, context, **fields)
 
     @cached_property
     def digest(self) -> str:
@@ -101,7 +109,7 @@ class Priced:
         With `again`, nothing that is there counts.
 
         Raises:
-            StoreError: the table is of another device, target or supernet.
+            StoreError: the table is of another device, target or network.
         """
         origin, rows = self.origin(meter), list[Row]()
         if place.exists() and not again:

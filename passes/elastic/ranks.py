@@ -22,7 +22,7 @@ from slim.passes.low_rank.schemes import Layer
 
 
 def directions(weight: Tensor, rank: int) -> Tensor:
-    """The first left singular vectors of a weight (O, ...), as (O, rank) in fp64."""
+    """The first left singular vectors of a weight (O, ...), as (O, rank) in fp64, the first last."""
     matrix = weight.detach().double().flatten(1)
     # Of the small Gram matrix, whose eigenvalues come ascending: any basis of the same subspace is as good.
     found: Tensor = torch.linalg.eigh(matrix @ matrix.T).eigenvectors
@@ -35,7 +35,13 @@ class Projection:
     def __init__(self, layer: Layer) -> None:
         self.layer, self.rank = layer, 0
         """0: as it is."""
-        self._kept: tuple[tuple[object, ...], Tensor] | None = None
+        self._kept: tuple[int, Tensor] | None = None
+
+    def choose(self, rank: int) -> None:
+        """Set the rank. Directions are kept from one rank to another until the layer is whole, as after every step."""
+        self.rank = rank
+        if not rank:
+            self._kept = None
 
     def after(self, layer: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor | None:
         """A forward hook: what two layers would put out."""
@@ -43,21 +49,21 @@ class Projection:
             return None
         onto, bias = self._onto(output), self.layer.bias
         if isinstance(self.layer, nn.Linear):
-            return output @ onto if bias is None else (output - bias) @ onto + bias
-        onto = onto[:, :, None, None]
-        if bias is None:
-            return F.conv2d(output, onto)
-        bias = bias[:, None, None]
-        return F.conv2d(output - bias, onto) + bias
+            found = output @ onto if bias is None else (output - bias) @ onto + bias
+        elif bias is None:
+            found = F.conv2d(output, onto[:, :, None, None])
+        else:
+            bias = bias[:, None, None]
+            found = F.conv2d(output - bias, onto[:, :, None, None]) + bias
+        return found.to(output.dtype)  # autocast leaves biases in fp32
 
     def _onto(self, output: Tensor) -> Tensor:
-        """(O, O), symmetric, anew whenever the weight has changed."""
+        """(O, O), symmetric; directions are found anew where the weight is known to have changed."""
         weight = self.layer.weight
-        now = (self.rank, weight.data_ptr(), weight._version, output.device, output.dtype)
-        if self._kept is None or self._kept[0] != now:
-            first = directions(weight, self.rank)
-            self._kept = now, (first @ first.T).to(output)
-        return self._kept[1]
+        if self._kept is None or self._kept[0] != weight._version:
+            self._kept = weight._version, directions(weight, len(weight))
+        first = self._kept[1][:, -self.rank :]
+        return (first @ first.T).to(output)
 
 
 def projected(model: nn.Module, ranks: Mapping[str, int]) -> None:

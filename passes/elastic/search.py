@@ -173,14 +173,15 @@ def greedy(space: Space, predictor: Predictor, cost: Callable[[Subnet], float]) 
 
 
 def _steps(space: Space, here: Subnet) -> Iterator[Subnet]:
-    """One axis smaller by one choice."""
+    """One axis smaller, by as little as makes another network."""
     chosen = space.chosen(here)
     for number, choices in enumerate(space.axes):
-        place = choices.index(chosen[number]) + 1
-        if place < len(choices):
-            one = space.canonical(space.of((*chosen[:number], choices[place], *chosen[number + 1 :])))
-            if space.allows(one):
-                yield one
+        smaller = choices[choices.index(chosen[number]) + 1 :]
+        made = (space.canonical(space.of((*chosen[:number], choice, *chosen[number + 1 :]))) for choice in smaller)
+        # A rank that would not pay is none; the next one may.
+        one = next((one for one in made if one != here), None)
+        if one is not None and space.allows(one):
+            yield one
 
 
 def _best_within(front: Sequence[Point], cost: float) -> float:

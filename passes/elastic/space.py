@@ -41,8 +41,14 @@ class Rank:
     """Ranks, descending; the first is 0: the layer as it is."""
     rows: int
     """Outputs of the layer."""
-    columns: int
-    """Inputs of one output."""
+    inputs: int
+    taps: int
+    """Positions of its kernel: each input counts so often in a row of the weight."""
+
+    @property
+    def columns(self) -> int:
+        """Of the weight, as a matrix."""
+        return self.inputs * self.taps
 
 
 @dataclass(frozen=True, order=True)
@@ -132,16 +138,18 @@ class Space:
         return tuple(self._block_of(rank.layer) for rank in self.ranks)
 
     @cached_property
-    def _sides(self) -> tuple[tuple[int | None, int | None], ...]:
-        """Of each rank, the numbers of the widths that its layer makes and reads."""
-        groups = [dim.group for dim in self.dims]
-        return tuple(
-            (
-                next((n for n, group in enumerate(groups) if rank.layer in group.makers), None),
-                next((n for n, group in enumerate(groups) if rank.layer in group.readers), None),
-            )
-            for rank in self.ranks
-        )
+    def _makes_reads(self) -> tuple[tuple[dict[int, float], dict[int, float]], ...]:
+        """Of each rank, for the outputs and the inputs of its layer: number of a width -> its share of them all."""
+        found: list[tuple[dict[int, float], dict[int, float]]] = []
+        for rank in self.ranks:
+            shares: tuple[dict[int, float], dict[int, float]] = ({}, {})
+            for number, dim in enumerate(self.dims):
+                for member in dim.group.members:
+                    if member.key == f"{rank.layer}.weight":
+                        whole = (rank.rows, rank.inputs)[member.dim]
+                        shares[member.dim][number] = shares[member.dim].get(number, 0.0) + member.index.numel() / whole
+            found.append(shares)
+        return tuple(found)
 
     def _block_of(self, layer: str) -> int | None:
         return next((n for n, block in enumerate(self.blocks) if layer.startswith(f"{block.name}.")), None)
@@ -180,10 +188,12 @@ class Space:
 
     def _size(self, rank: int, units: Sequence[int]) -> tuple[float, float]:
         """Rows and columns of a layer's weight when the widths keep so many units."""
-        makes, reads = (
-            1.0 if number is None else units[number] / self.dims[number].group.units for number in self._sides[rank]
-        )
-        return self.ranks[rank].rows * makes, self.ranks[rank].columns * reads
+
+        def left(shares: Mapping[int, float]) -> float:
+            return 1 - sum(share * (1 - units[n] / self.dims[n].group.units) for n, share in shares.items())
+
+        makes, reads = self._makes_reads[rank]
+        return self.ranks[rank].rows * left(makes), self.ranks[rank].columns * left(reads)
 
     def allows(self, subnet: Subnet) -> bool:
         """Whether each axis has one of its choices, and every stage keeps its fewest."""
@@ -228,7 +238,12 @@ class Space:
             "blocks": {block.name: block.stage for block in self.blocks},
             "fewest": [*self.fewest],
             "ranks": {
-                rank.layer: {"choices": [*rank.choices], "rows": rank.rows, "columns": rank.columns}
+                rank.layer: {
+                    "choices": [*rank.choices],
+                    "rows": rank.rows,
+                    "inputs": rank.inputs,
+                    "taps": rank.taps,
+                }
                 for rank in self.ranks
             },
             "pixels": [*self.pixels],
@@ -258,7 +273,7 @@ class Space:
             tuple(plan["fewest"]),
             dict(plan["left"]),
             tuple(
-                Rank(name, tuple(entry["choices"]), entry["rows"], entry["columns"])
+                Rank(name, tuple(entry["choices"]), entry["rows"], entry["inputs"], entry["taps"])
                 for name, entry in plan["ranks"].items()
             ),
             tuple(plan["pixels"]),

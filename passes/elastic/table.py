@@ -1,4 +1,4 @@
-"""Latencies of subnets that were measured, and where: a table is good for one device, one target and one supernet."""
+"""Latencies of subnets that were measured, and where: a table is good for one device, one target and one network."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from slim.errors import StoreError
 from slim.passes.elastic import subnets
 from slim.passes.elastic.space import Subnet
 
-FORMAT = "slim-table/1"
+FORMAT = "slim-table/2"
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Origin:
     """Fingerprint of the device (see slim/environment.py)."""
     target: str
     """In the words of `--target`."""
-    supernet: str
+    network: str
     """Digest of the elastic network that subnets are cut out of, or of the structure of one that is not elastic."""
 
 
@@ -62,7 +62,7 @@ def rows_of(data: Mapping[str, Any], origin: Origin) -> list[Row]:
     """The rows of a table.
 
     Raises:
-        StoreError: it is of another device, target or supernet, or no such table.
+        StoreError: it is of another device, target or network, or no such table.
     """
     if data.get("format") != FORMAT:
         raise StoreError(f"latency table: format {data.get('format')!r} is not {FORMAT!r}; measure again")

@@ -7,9 +7,9 @@ A process first takes a number, then says which subnet it will evaluate, then lo
 takes its next choice if so. Hence, as long as no process is killed:
 - all processes of a search together evaluate as many subnets as asked for, not one more;
 - no subnet is evaluated twice. Where two choose the same at the same moment, both turn to another; what all of them
-  need is evaluated by the one that took its number first, and the others wait.
+  need is evaluated by the one that took its number first, and the others wait, but no longer than `PATIENCE_S`.
 An evaluation that raises, or whose process was killed on this machine, is given up and its number taken again; one
-killed on another machine keeps its number, and there is one evaluation less, or one that others wait for in vain.
+killed on another machine keeps its number, and there is one evaluation less, or one that others wait for first.
 """
 
 from __future__ import annotations

@@ -81,6 +81,8 @@ def ranked(
             f"prune: criterion {criterion} looks at images and there are none; "
             "give data with a training split, or criterion group-l2"
         )
+    if labels is None and criterion == "taylor-labels":
+        raise PassError("prune: criterion taylor-labels has no labels; criterion taylor needs none")
     own = labels if criterion == "taylor-labels" else None
     given = batches and Calibration(batches, images, seed, device or torch.device("cpu"), progress, own)
     parts = {group: parts_of(group) for group in groups}

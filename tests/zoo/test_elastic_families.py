@@ -5,6 +5,7 @@ Takes minutes, so `make test` leaves it out: `make test-zoo`.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, cast
@@ -18,12 +19,15 @@ from slim.contract import Context
 from slim.data import open_data
 from slim.export.target import Target
 from slim.passes.elastic import BestSubnet, Elastic
-from slim.passes.elastic.gates import gated
+from slim.passes.elastic.extract import extract
+from slim.passes.elastic.gates import gated, resized
 from slim.passes.elastic.subnets import from_json
 from tests.zoo.networks import CLASSES, built, images_of, outputs
 
 pytestmark = [pytest.mark.zoo, pytest.mark.usefixtures("one_thread")]
 
+SAME = 1e-5
+"""Of the largest output: layers add up in another order once channels are gone, or they are two."""
 SMALL = {"img_size": 64}
 FAMILIES: dict[str, tuple[dict[str, Any], int, tuple[str, ...], tuple[int, int]]] = {
     # timm's name -> arguments, pixels, patterns of layers whose outputs are elastic, and how many of these and of
@@ -37,7 +41,12 @@ FAMILIES: dict[str, tuple[dict[str, Any], int, tuple[str, ...], tuple[int, int]]
     "mobilenetv4_conv_small": ({}, 64, ("blocks.[23].?.pw_exp.conv",), (12, 10)),
     "efficientnet_b0": ({}, 64, ("blocks.[1-6].?.conv_pw",), (15, 9)),
     "convnext_atto": ({}, 64, ("stages.*.mlp.fc1",), (12, 12)),
-    "vit_tiny_patch16_224": (SMALL, 64, ("blocks.*.mlp.fc1", "blocks.*.attn.qkv:heads"), (24, 12)),
+    "vit_tiny_patch16_224": (
+        {**SMALL, "dynamic_img_size": True},
+        64,
+        ("blocks.*.mlp.fc1", "blocks.*.attn.qkv:heads"),
+        (24, 12),
+    ),
     "deit3_small_patch16_224": (SMALL, 64, ("blocks.*.mlp.fc1", "blocks.*.attn.qkv:heads"), (24, 12)),
     "swin_tiny_patch4_window7_224": (
         {**SMALL, "window_size": 2},
@@ -47,6 +56,8 @@ FAMILIES: dict[str, tuple[dict[str, Any], int, tuple[str, ...], tuple[int, int]]
     ),
     "regnety_002": ({}, 64, ("s?.b*.conv1.conv",), (13, 9)),
 }
+OF_ONE_SIZE = ("deit3_small_patch16_224", "swin_tiny_patch4_window7_224")
+"""Families that take images of the size they were built for alone."""
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -71,13 +82,32 @@ def test_a_family_is_elastic_and_its_subnet_goes_all_the_way(family: str, tmp_pa
         logits = outputs(model, images[:n])
         assert logits.shape == (n, CLASSES)
         assert logits.isfinite().all()
-    closed = made.model()
+    closed, everything = (
+        made.model(),
+        Elastic(epochs=0, held_out=32, ranks=(1.0, 0.5), pixels=(48,), criterion="random"),
+    )
     space = Elastic(epochs=0, held_out=32).space_of(closed, given.backbone.input.size, plan)
     with gated(closed, space) as choose:
         choose(from_json(cast(Any, after.history[-1].plan["subnet"])))
         expected = outputs(closed, images)
-    assert (outputs(model, images) - expected).abs().max() <= 1e-5 * expected.abs().max()
+    assert (outputs(model, images) - expected).abs().max() <= SAME * expected.abs().max()
     assert (expected - outputs(given.model(), images)).abs().max() > 0.01 * expected.abs().max()
+
+    # Ranks and smaller images besides.
+    everything = Elastic(epochs=0, held_out=32, ranks=(1.0, 0.5), pixels=(48,), criterion="random")
+    more = everything(given, Context(data=data))
+    space = everything.space_of(closed, given.backbone.input.size, more.history[-1].plan)
+    assert len(space.ranks) >= 5
+    assert space.pixels == ((0,) if family in OF_ONE_SIZE else (0, 48))
+    thin = replace(space.largest, ranks=space.smallest.ranks, pixels=space.pixels[-1])
+    assert space.factored(thin).keys() == {rank.layer for rank in space.ranks}
+    seen = images if family in OF_ONE_SIZE else resized(images, 48)
+    for subnet in (thin, space.smallest):
+        smaller = extract(closed, space, subnet)
+        with gated(closed, space) as choose:
+            choose(subnet)
+            expected = outputs(closed, images)
+        assert (outputs(smaller, seen) - expected).abs().max() <= SAME * expected.abs().max()
 
     loaded = store.load(store.save(after, tmp_path / "saved"))
     assert loaded.digest == after.digest

@@ -344,7 +344,7 @@ def test_the_command_builds_the_table_of_a_network_that_is_not_elastic(
 ) -> None:
     path, said = built
     data = json.loads(path.read_text())
-    assert data["supernet"] == structure(given.model(), given.backbone)
+    assert data["network"] == structure(given.model(), given.backbone)
     assert len(data["rows"]) == 8
     assert sum(row["held_out"] for row in data["rows"]) == 2
     assert {"widths", "ranks", "whole", "pair", "mac"} == data["rates"].keys()
@@ -379,18 +379,16 @@ def test_the_table_of_something_else_is_refused_in_one_line(
     name: str, built: tuple[Path, str], given: Artifact, context: Context, tmp_path: Path
 ) -> None:
     data = json.loads(built[0].read_text())
-    here = {key: data[key] for key in ("device", "target", "supernet")}
+    here = {key: data[key] for key in ("device", "target", "network")}
     other = tmp_path / "other.json"
-    for what, there in (("device", "ba9876543210"), ("target", "ort:cpu,threads=2"), ("supernet", "0" * 64)):
+    for what, there in (("device", "ba9876543210"), ("target", "ort:cpu,threads=2"), ("network", "0" * 64)):
         other.write_text(json.dumps({**data, what: there}))
         with pytest.raises(StoreError) as caught:
             with_table(name, other)(given, context)
         said = f"latency table: it was measured for {what} {there!r}, not {here[what]!r}; measure again"
         assert str(caught.value) == said
     narrower = made(hidden=512)
-    with pytest.raises(
-        StoreError, match=r"^latency table: it was measured for supernet '.*', not '.*'; measure again$"
-    ):
+    with pytest.raises(StoreError, match=r"^latency table: it was measured for network '.*', not '.*'; measure again$"):
         with_table(name, built[0])(narrower, context)
     other.write_text(json.dumps(as_table(Origin(**here), ())))
     with pytest.raises(StoreError, match="it is not finished"):
@@ -417,7 +415,7 @@ def test_a_step_done_with_another_table_is_not_taken_for_this_one(
 
 def test_the_rates_come_back_as_they_were_written(built: tuple[Path, str], given: Artifact) -> None:
     data = json.loads(built[0].read_text())
-    origin = Origin(*(data[key] for key in ("device", "target", "supernet")))
+    origin = Origin(*(data[key] for key in ("device", "target", "network")))
     model = LatencyModel.from_json(data, dense(given).terms, origin)
     assert Rates.from_json(data, origin) == model.rates
     assert model.rates.whole == pytest.approx(model.predict(model.terms.space.largest))

@@ -130,7 +130,7 @@ def test_the_log_says_how_it_stands_after_every_epoch(
         f"largest {now['largest']:.2f} %, smallest {now['smallest']:.2f} %; before {before['largest']:.2f} and "
         f"{before['smallest']:.2f}, held-out images"
     )
-    assert caplog.messages[0] == "elastic: 4 widths, 2 blocks, 0 ranks, 1 sides of the input; 2 stay as they are"
+    assert caplog.messages[0] == "elastic: 4 widths, 2 blocks, 0 ranks, 0 smaller inputs; 2 stay as they are"
 
 
 # What is left of it

@@ -20,7 +20,7 @@ from slim.passes.elastic.table import Origin, Row, as_table, rows_of
 from slim.passes.elastic.terms import HELD_OUT, LEAST_ROWS, ROWS_PER_TERM, Terms, rows_to_measure
 from tests.passes.elastic import toys_of_search as toys
 
-HERE = Origin(device="0123456789ab", target="ort:cpu,threads=1", supernet="f" * 64)
+HERE = Origin(device="0123456789ab", target="ort:cpu,threads=1", network="f" * 64)
 Measure = Callable[[Subnet], Measurement]
 
 
@@ -147,12 +147,12 @@ def test_a_table_comes_back_as_it_was_written(space: Space, terms: Terms) -> Non
     assert read.as_json() == model.as_json()
     assert read.predict(space.smallest) == model.predict(space.smallest)
     assert read.rows == model.rows
-    assert model.as_json()["format"] == "slim-table/1"
+    assert model.as_json()["format"] == "slim-table/2"
     assert all(row.low < row.ms < row.high for row in read.rows)
 
 
 @pytest.mark.parametrize(
-    ("changed", "value"), [("device", "ba9876543210"), ("target", "ort:cpu,threads=2"), ("supernet", "0" * 64)]
+    ("changed", "value"), [("device", "ba9876543210"), ("target", "ort:cpu,threads=2"), ("network", "0" * 64)]
 )
 def test_a_table_of_something_else_is_refused(terms: Terms, changed: str, value: str) -> None:
     data = build(terms, each(additive(terms)), HERE, seed=0).as_json()
@@ -169,7 +169,7 @@ def test_a_table_of_another_space_format_or_half_done_is_refused(terms: Terms) -
     small = toys.space(2)
     with pytest.raises(StoreError, match="its terms are not those of this space"):
         LatencyModel.from_json(data, Terms(small, lambda subnet: 1.0), HERE)
-    with pytest.raises(StoreError, match="format 'slim/1' is not 'slim-table/1'"):
+    with pytest.raises(StoreError, match="format 'slim/1' is not 'slim-table/2'"):
         rows_of({**data, "format": "slim/1"}, HERE)
     with pytest.raises(StoreError, match="it is not finished"):
         LatencyModel.from_json(as_table(HERE, rows_of(data, HERE)[:5]), terms, HERE)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import cache
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from slim.passes.elastic.gates import gated, resized
 from slim.passes.elastic.overview import lines
 from slim.passes.elastic.predictor import Predictor, singles
 from slim.passes.elastic.ranks import directions
+from slim.passes.elastic.search import greedy
 from slim.passes.elastic.space import Space, Subnet
 from slim.passes.elastic.subnets import from_json
 from slim.passes.finetune import Finetune
@@ -100,6 +102,56 @@ def test_a_rank_costs_what_its_share_says() -> None:
             assert saved == one.rows * one.columns - rank * (one.rows + one.columns)
             assert saved == pytest.approx((1 - space.share_of(number, thin)) * one.rows * one.columns)
             assert saved > 0
+
+
+class Joined(nn.Module):
+    """A layer that reads two groups of channels side by side."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = nn.Conv2d(3, 32, 3), nn.Conv2d(3, 96, 3)
+        self.joint, self.last, self.head = nn.Conv2d(128, 64, 1), nn.Conv2d(64, 64, 1), nn.Linear(64, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = torch.cat([self.one(x).relu(), self.two(x).relu()], 1)
+        out: torch.Tensor = self.head(self.last(self.joint(x).relu()).relu().mean((2, 3)))
+        return out
+
+    def get_classifier(self) -> nn.Module:
+        return self.head
+
+
+def test_no_pair_costs_more_than_its_layer_where_that_reads_two_widths() -> None:
+    model = Joined().eval()
+    space = space_of(model, replace(MORE, pixels=()))
+    (number,) = (n for n, one in enumerate(space.ranks) if one.layer == "joint")
+    assert {dim.group.name for dim in space.dims} >= {"one", "two"}
+    for subnet in product(*space.axes):
+        thin = space.canonical(space.of(subnet))
+        if thin.ranks[number]:
+            single = replace(thin, ranks=tuple(0 if n == number else rank for n, rank in enumerate(thin.ranks)))
+            one, two = (costs.count(extract(model, space, net), SIZE)["params"] for net in (single, thin))
+            layer: Any = extract(model, space, single).get_submodule("joint")
+            assert one - two == pytest.approx((1 - space.share_of(number, thin)) * layer.weight.numel())
+            assert two < one
+
+
+def test_a_greedy_path_ends_where_nothing_saves_also_where_a_rank_does_not_pay() -> None:
+    space = space_of(network("vit"), replace(MORE, widths=(1.0, 0.5)))
+    cheap = {one: 90.0 - sum(rank > 0 for rank in one.ranks) for one in singles(space)}
+    predictor = Predictor.of(space, cheap)
+
+    def cost(one: Subnet) -> float:
+        shares = sum(space.share_of(n, one) for n in range(len(space.ranks)))
+        return sum(one.units) + 10 * sum(one.on) + shares
+
+    path = greedy(space, predictor, cost)
+    assert [cost(one) for one in path] == sorted((cost(one) for one in path), reverse=True)
+    end = space.chosen(path[-1])
+    for number, choices in enumerate(space.axes):
+        for choice in choices:
+            other = space.canonical(space.of((*end[:number], choice, *end[number + 1 :])))
+            assert cost(other) >= cost(path[-1]) or not space.allows(other)
 
 
 def test_a_layer_stays_one_where_its_widths_leave_two_nothing_to_save() -> None:
@@ -304,6 +356,32 @@ def test_of_sides_alone_the_network_is_the_same_and_its_images_are_smaller(
     assert [*meter.accuracy(after).samples] == right
     tuned = Finetune(epochs=1, lr=1e-3, flip=0.0, precision="fp32")(after, context)
     assert tuned.backbone.input.size == (3, 24, 24)
+
+
+def test_sides_are_those_of_the_input_it_was_made_elastic_at(context: Context) -> None:
+    given = Elastic(**ALONE, pixels=(24,))(artifact("resnet"), context)
+    small = given.backbone.model_copy(update={"input": fed(given.backbone.input, 16)})
+    said = "^subnet: the network was made elastic at another input: 24 pixels are no smaller side of 16x16; give it"
+    with pytest.raises(PassError, match=said):
+        BestSubnet(to="0.7x-macs", evaluations=2, proposals=20)(replace(given, backbone=small), context)
+
+
+def test_a_layer_computes_in_the_precision_that_it_was_computed_in() -> None:
+    model, space = family("resnet")
+    thin = replace(space.largest, ranks=space.smallest.ranks)
+    kinds: dict[str, torch.dtype] = {}
+    with gated(model, space) as choose, torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        hooks = [
+            model.get_submodule(one.layer).register_forward_hook(
+                lambda _m, _i, out, name=one.layer: kinds.update({name: out.dtype})
+            )
+            for one in space.ranks
+        ]
+        choose(thin)
+        model(images())
+    for hook in hooks:
+        hook.remove()
+    assert set(kinds.values()) == {torch.bfloat16}
 
 
 def test_smaller_images_of_those_held_out_decide(context: Context, digits: Data) -> None:
