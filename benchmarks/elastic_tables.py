@@ -12,7 +12,7 @@ RESULTS = Path(__file__).parent / "results"
 ARMS = {
     "family": "the family",
     "plain-sandwich": "the family, plain sandwich",
-    "ranks-and-pixels": "the family, ranks and smaller images too",
+    "ranks-and-pixels": "the family, ranks and pixels",
     "alone": "alone, a fifth of the epochs",
     "alone-longer": "alone, as many epochs",
     "untrained-norms": "no training, norms re-estimated",
