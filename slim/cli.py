@@ -11,13 +11,13 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import NoneType, UnionType
-from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from slim import __version__
 from slim.errors import EXIT_INTERRUPTED, SlimError, did_you_mean
+from slim.fields import option_of
 
 if TYPE_CHECKING:
     from slim.contract import Pass
@@ -220,31 +220,9 @@ def pass_command(pass_class: type[Pass]) -> click.Command:
 
     # What is special about the pass comes before what all that train have.
     fields = sorted(pass_class.model_fields.items(), key=lambda field: field[0] not in pass_class.__annotations__)
-    options: list[click.Parameter] = [_option(name, info) for name, info in fields]
+    options: list[click.Parameter] = [option_of(name, info) for name, info in fields]
     text = (pass_class.__doc__ or "").strip()
     return PassCommand(pass_class.name, callback=build, params=options, help=text, short_help=text.split("\n")[0])
-
-
-def _listed(context: click.Context, parameter: click.Parameter, values: tuple[str, ...]) -> tuple[str, ...]:
-    """Numbers of `--widths 1,0.5` as of `--widths 1 --widths 0.5`."""
-    return tuple(part.strip() for value in values for part in value.split(","))
-
-
-def _option(name: str, info: Any) -> click.Option:
-    annotation = info.annotation
-    if get_origin(annotation) in (Union, UnionType):
-        annotation = next(part for part in get_args(annotation) if part is not NoneType)
-    flag = "--" + name.replace("_", "-")
-    default = ", ".join(map(str, info.default)) if isinstance(info.default, tuple) else info.default
-    text = f"{info.description} [default: {'none' if default in (None, '') else default}]"
-    if annotation is bool:
-        return click.Option([f"{flag}/--no-{flag[2:]}"], default=None, help=text)
-    if get_origin(annotation) is tuple:
-        numbers = get_args(annotation)[0] in (int, float)
-        return click.Option([flag], multiple=True, callback=_listed if numbers else None, help=text)
-    if get_origin(annotation) is Literal:
-        return click.Option([flag], type=click.Choice(get_args(annotation)), help=text)
-    return click.Option([flag], type=annotation if annotation in (int, float) else str, help=text)
 
 
 @cli.command()
