@@ -111,11 +111,11 @@ def cutting_out() -> dict[str, Any]:
     found = {}
     for backbone in (THIN, network("resnet50", 224), network("mobilenetv3_large_100", 224)):
         family = of(made(backbone), "digits")
-        smallest = family.space.smallest
+        smallest, images = family.space.smallest, family.examiner.images.train(0)  # read before the clock runs
         found[backbone.name] = {
             "cut": round(timed(partial(extract, family.model, family.space, smallest)), 3),
             "cut_and_norms": round(timed(partial(family.examiner.finished, smallest)), 3),
-            "images": len(family.examiner.images),
+            "images": len(images),
         }
     return found
 
