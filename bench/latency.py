@@ -144,20 +144,23 @@ def beside(
             ours, theirs = lockstep.wall(side), lockstep.wall(0)
             ratio = statistics.paired_ratio(ours, theirs, generator=np.random.default_rng(seed))
             found.append(
-                Measurement(
-                    metric="latency_ratio",
-                    value=ratio.value,
-                    unit="ratio",
-                    n=ours.size,
-                    low=ratio.low,
-                    high=ratio.high,
-                    statistic="median of paired rounds",
-                    target=str(target),
-                    environment=environment.describe(),
-                    details=lockstep.conditions() | {"in_turn_with": len(paths)},
-                )
+                _ratio(ratio, target, n=ours.size, details=lockstep.conditions() | {"in_turn_with": len(paths)})
             )
         return tuple(found)
+
+
+def _ratio(ratio: Interval, target: Target, **fields: Any) -> Measurement:
+    return Measurement(
+        metric="latency_ratio",
+        value=ratio.value,
+        unit="ratio",
+        low=ratio.low,
+        high=ratio.high,
+        statistic="median of paired rounds",
+        target=str(target),
+        environment=environment.describe(),
+        **fields,
+    )
 
 
 def _alone(lockstep: _Lockstep, side: int, protocol: Protocol, seed: int) -> Measurement:
@@ -357,19 +360,7 @@ def _compared(lockstep: _Lockstep, protocol: Protocol, seed: int) -> Measurement
         "steady": _steadiness(rounds, protocol, seed),
         "half_width": round(ratio.half_width, 6),
     }
-    return Measurement(
-        metric="latency_ratio",
-        value=ratio.value,
-        unit="ratio",
-        n=candidate.size,
-        low=ratio.low,
-        high=ratio.high,
-        statistic="median of paired rounds",
-        target=str(lockstep.target),
-        environment=environment.describe(),
-        samples=_raw(np.exp(rounds)),
-        details=details,
-    )
+    return _ratio(ratio, lockstep.target, n=candidate.size, samples=_raw(np.exp(rounds)), details=details)
 
 
 def _side(lockstep: _Lockstep, side: int, seed: int) -> dict[str, Any]:

@@ -24,6 +24,7 @@ from slim.passes.elastic.latency import Rates
 from slim.passes.elastic.priced import Priced
 from slim.passes.elastic.space import Dim, Space
 from slim.passes.elastic.table import Origin, read_table
+from slim.passes.elastic.terms import FEWEST
 from slim.passes.reach import meter_of
 
 SHARES = (1.0, 0.75, 0.5, 0.25)
@@ -31,8 +32,6 @@ WANTED = Wanted(
     widths=SHARES, depth=1.0, heads="whole", align=8, floor=8, skip=(), ranks=SHARES, min_width=64, pixels=()
 )
 """What is made smaller in the networks that are measured."""
-FEWEST = 4
-"""Networks without which there is no model; see terms.py."""
 
 
 class Dense(Priced):

@@ -138,13 +138,14 @@ class Priced:
         known = next((row.ms for row in done if row.subnet == self.space.largest), None)
         ms = meter.latency(largest).value if known is None else known
 
+        def in_ms(ratio: Measurement) -> Measurement:
+            assert ratio.low is not None  # timings are sampled, so they have an interval
+            assert ratio.high is not None
+            ends = {"low": ms * ratio.low, "high": ms * ratio.high}
+            return Measurement(metric="latency_p50_ms", value=ms * ratio.value, unit="ms", **ends)
+
         def measure(some: Sequence[Subnet]) -> list[Measurement]:
-            ratios = meter.beside([self.cut_out(one) for one in some], largest)
-            return [
-                Measurement(metric="latency_p50_ms", value=ms * one.value, unit="ms", low=ms * low, high=ms * high)
-                for one in ratios
-                for low, high in [(one.low or one.value, one.high or one.value)]
-            ]
+            return [in_ms(ratio) for ratio in meter.beside([self.cut_out(one) for one in some], largest)]
 
         return build(
             self.terms,

@@ -70,7 +70,7 @@ def projected(model: nn.Module, ranks: Mapping[str, int]) -> None:
     """Have layers compute with these ranks, in place and for good: for a look at a copy."""
     for name, rank in ranks.items():
         gate = Projection(cast(Layer, model.get_submodule(name)))
-        gate.rank = rank
+        gate.choose(rank)
         model.get_submodule(name).register_forward_hook(gate.after)
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Any, ClassVar, cast
 
 from pydantic import Field, JsonValue, field_validator
-from torch import Tensor, nn
+from torch import nn
 
 from slim import surgery
 from slim.artifact import Preprocessing
@@ -23,7 +23,7 @@ from slim.goal import parse_goal
 from slim.passes.elastic import search, table
 from slim.passes.elastic.archive import Front
 from slim.passes.elastic.blocks import leave_out
-from slim.passes.elastic.examine import Repair, images_for_statistics, mend, statistics_count
+from slim.passes.elastic.examine import Images, Repair, mend
 from slim.passes.elastic.extract import fed
 from slim.passes.elastic.family import Family, apart, as_figures
 from slim.passes.elastic.priced import elastic_of
@@ -106,7 +106,7 @@ class BestSubnet(Pass):
             words,
         )
         assert context.backbone is not None  # Pass.__call__ set it
-        context.memo["input"] = context.backbone.input
+        context.memo["backbone"] = context.backbone
         return {
             **plan_of(model, family.space, chosen),
             "subnet": as_json(chosen),
@@ -134,12 +134,9 @@ class BestSubnet(Pass):
         kept = outputs_kept(context.plan)
         readers = [name for group in groups.values() for name in group["layers"]["reads"]]
         _, trained = elastic_of(context)
-        context, given = replace(context, data=apart(context, trained)), cast(Preprocessing, context.memo["input"])
-        count = statistics_count(teacher, given)
-
-        def images(pixels: int) -> Tensor:
-            return images_for_statistics(context, fed(given, pixels), count)
-
+        # As before the pass: the largest sees images of its own size.
+        before = replace(context, data=apart(context, trained), backbone=context.memo["backbone"])
+        images = Images.of(teacher, before).train
         pairs, pixels = [*cast(dict[str, int], context.plan["ranks"])], cast(int, context.plan["pixels"])
         with surgery.on_device(context.device, model, teacher):
             return mend(model, teacher, kept, readers, pairs, images, pixels, self.repair)

@@ -20,6 +20,8 @@ ROWS_PER_TERM = 1.2
 """Networks for each term, at least."""
 HELD_OUT = 8
 """Networks that errors are of."""
+FEWEST = 4
+"""Networks without which there is no model."""
 RUNGS = 5
 """Of the uniform ladder that is measured, from the largest to the smallest."""
 IN_VAIN = 200
@@ -80,7 +82,7 @@ def rows_to_measure(terms: Terms, seed: int) -> tuple[list[Subnet], list[Subnet]
     Fewer where the space has no more, of which a quarter is held out.
 
     Raises:
-        PassError: there are fewer than four.
+        PassError: there are fewer than `FEWEST`.
     """
     wanted = max(LEAST_ROWS, math.ceil(ROWS_PER_TERM * len(terms.names))) + HELD_OUT
     rng, found, in_vain = Random(seed), dict.fromkeys(subnets.ladder(terms.space, RUNGS)), 0
@@ -88,7 +90,7 @@ def rows_to_measure(terms: Terms, seed: int) -> tuple[list[Subnet], list[Subnet]
         one = subnets.drawn(terms.space, rng)
         in_vain = in_vain + 1 if one in found else 0
         found[one] = None
-    if len(found) < 4:
+    if len(found) < FEWEST:
         raise PassError(f"subnet: {len(found)} subnets are too few for a model of latency; make more widths elastic")
     held = min(HELD_OUT, len(found) // 4)
     return [*found][:-held], [*found][-held:]

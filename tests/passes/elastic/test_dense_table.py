@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 from pydantic import ValidationError
-from torch import Tensor, nn
+from torch import nn
 
 from slim import costs, store
 from slim.artifact import Artifact, Backbone, Preprocessing
@@ -48,28 +48,10 @@ pytestmark = pytest.mark.usefixtures("one_thread", "little_garbage")
 NOWHERE = Origin("0123456789ab", "ort:cpu", "f" * 64)
 
 
-class Mlp(nn.Module):
-    """16 tokens through two layers of 64 and `hidden` units, and one that is too narrow to be two."""
-
-    def __init__(self, num_classes: int, hidden: int = 128) -> None:
-        super().__init__()
-        self.stem = nn.Conv2d(3, 64, 8, stride=8)
-        self.up, self.down = nn.Linear(64, hidden), nn.Linear(hidden, 64)
-        self.head = nn.Linear(64, num_classes)
-
-    def forward(self, images: Tensor) -> Tensor:
-        tokens = self.stem(images).flatten(2).mT
-        tokens = self.down(self.up(tokens).relu()).relu()
-        logits: Tensor = self.head(tokens.mean(1))
-        return logits
-
-    def get_classifier(self) -> nn.Module:
-        return self.head
-
-
 def made(hidden: int = 128, values: int = 1) -> Artifact:
-    name = "tests.passes.elastic.test_dense_table:Mlp"
-    chosen = Backbone(name=name, kwargs={"hidden": hidden}, num_classes=10, input=Preprocessing(size=SIZE, crop=1.0))
+    """16 tokens through two layers of 64 and `hidden` units, and one that is too narrow to be two."""
+    name, kwargs = "tests.passes.prune.toys:Wide", {"width": 64, "hidden": hidden, "out": 64}
+    chosen = Backbone(name=name, kwargs=kwargs, num_classes=10, input=Preprocessing(size=SIZE, crop=1.0))
     return Artifact.of(chosen.build(seed=values, trust=True), chosen, trust=True)
 
 
@@ -80,7 +62,7 @@ def dense(given: Artifact) -> Dense:
 # By hand
 
 STEM, UP, DOWN, HEAD = 16 * 64 * 3 * 64, 16 * 128 * 64, 16 * 64 * 128, 10 * 64
-"""Multiply-accumulates of the layers of `Mlp`."""
+"""Multiply-accumulates of the layers of what is `made`."""
 MACS = STEM + UP + DOWN + HEAD
 TERMS = {
     **{"width stem": 0.5, "width up": 1.0, "width down": 0.25},
@@ -90,7 +72,7 @@ TERMS = {
 
 
 def known(given: Artifact, theta: dict[str, float] | None = None) -> LatencyModel:
-    """A model of `Mlp` with these terms; none: the line of the multiply-accumulates, with 2.0 and 0.7."""
+    """A model of what is `made` with these terms; none: the line of the multiply-accumulates, with 2.0 and 0.7."""
     one = dense(given)
     named = {f"width {dim.group.name}": one.terms.widths[dim.group.name] for dim in one.space.dims}
     named |= {f"rank {rank.layer}": one.terms.ranks[rank.layer] for rank in one.space.ranks}

@@ -38,11 +38,11 @@ class Chain(nn.Module):
 class Wide(nn.Module):
     """16 tokens through layers large enough for their widths to show in the time."""
 
-    def __init__(self, num_classes: int) -> None:
+    def __init__(self, num_classes: int, width: int = 128, hidden: int = 1024, out: int = 512) -> None:
         super().__init__()
-        self.stem = nn.Conv2d(3, 128, 8, stride=8)
-        self.up, self.down = nn.Linear(128, 1024), nn.Linear(1024, 512)
-        self.head = nn.Linear(512, num_classes)
+        self.stem = nn.Conv2d(3, width, 8, stride=8)
+        self.up, self.down = nn.Linear(width, hidden), nn.Linear(hidden, out)
+        self.head = nn.Linear(out, num_classes)
 
     def forward(self, images: Tensor) -> Tensor:
         tokens = self.stem(images).flatten(2).mT
