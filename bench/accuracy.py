@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from slim import environment
+from slim.bench.worker import serving
 from slim.errors import DataError, UsageError
-from slim.export.parity import logits, open_session
+from slim.export.parity import logits
 from slim.export.target import Target
 from slim.measurement import Measurement
 
@@ -32,7 +33,7 @@ def accuracy(
     *,
     progress: Callable[[int], object] | None = None,
 ) -> Measurement:
-    """Top-1 in percent of the file at `path` on ONNX Runtime, with a Wilson interval.
+    """Top-1 in percent of the file at `path` on `target`, with a Wilson interval.
 
     batches: pairs of images (B, C, H, W) float32 and class indices (B,) int, every image once, in a fixed order.
     progress: told the number of images after each batch.
@@ -42,25 +43,25 @@ def accuracy(
     Raises:
         DataError: no images, or a class index the file has no output for.
         ParityError: a logit that is not finite.
-        StoreError, UsageError, MissingExtra: the file cannot be run; see `open_session`.
+        StoreError, UsageError, MissingExtra: the file cannot be run; see `serving`.
     """
-    session = open_session(path, target, threads=environment.usable_cores())
     predictions: list[int] = []
     truths: list[int] = []
     top5 = classes = 0
-    for images, labels in batches:
-        outputs = logits(session, images, place=str(path))
-        classes = outputs.shape[1]
-        if len(labels) != len(outputs) or int(labels.min()) < 0 or int(labels.max()) >= classes:
-            raise DataError(
-                f"{path}: {len(labels)} labels {int(labels.min())}..{int(labels.max())} for {len(outputs)} images and "
-                f"{classes} classes; each image needs one label from 0 to {classes - 1}"
-            )
-        predictions += outputs.argmax(1).tolist()
-        truths += labels.tolist()
-        top5 += int((outputs.topk(min(5, classes), dim=1).indices == labels.cpu()[:, None]).sum())
-        if progress:
-            progress(len(images))
+    with serving(path, target, threads=environment.usable_cores()) as session:
+        for images, labels in batches:
+            outputs = logits(session, images, place=str(path))
+            classes = outputs.shape[1]
+            if len(labels) != len(outputs) or int(labels.min()) < 0 or int(labels.max()) >= classes:
+                raise DataError(
+                    f"{path}: {len(labels)} labels {int(labels.min())}..{int(labels.max())} for {len(outputs)} images "
+                    f"and {classes} classes; each image needs one label from 0 to {classes - 1}"
+                )
+            predictions += outputs.argmax(1).tolist()
+            truths += labels.tolist()
+            top5 += int((outputs.topk(min(5, classes), dim=1).indices == labels.cpu()[:, None]).sum())
+            if progress:
+                progress(len(images))
     if not truths:
         raise DataError(f"{path}: accuracy needs at least one image; the split is empty")
     hits = [float(guess == truth) for guess, truth in zip(predictions, truths, strict=True)]

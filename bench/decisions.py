@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 from pydantic import BaseModel, ConfigDict
 
 from slim.artifact import Step
+from slim.quantization import module_of
 
 
 class Decision(BaseModel):
@@ -131,6 +132,14 @@ def _mask(plan: Plan, layer: str) -> Sentence | None:
     return Sentence(f"left, {reason}", False) if reason else None
 
 
+def _quantize(plan: Plan, layer: str) -> Sentence | None:
+    served = plan["quantization"]
+    kept = {module_of(key) if served["precision"] == "int8" else key for key in served["floats"]}
+    if any(place in kept for place in _places(layer)):
+        return Sentence("left in 32 bits", False)
+    return Sentence(f"served in {served['precision']}", True)
+
+
 def _places(layer: str) -> tuple[str, ...]:
     """Where the layer lies, also once a low-rank has made a pair of it."""
     return layer, f"{layer}.0", f"{layer}.1"
@@ -146,6 +155,7 @@ SENTENCES: dict[str, Callable[[Plan, str], Sentence | None]] = {
     "mask": _mask,
     "merge": _merge,
     "prune": _prune,
+    "quantize": _quantize,
     "sparsify": _sparsify,
     "subnet": _subnet,
 }

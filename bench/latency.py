@@ -20,7 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from slim import environment
 from slim.bench import statistics
 from slim.bench.statistics import Array, Interval
-from slim.bench.worker import Worker
+from slim.bench.worker import Worker, device, golden
 from slim.errors import SlimError
 from slim.export.target import Target
 from slim.measurement import Measurement
@@ -144,12 +144,12 @@ def beside(
             ours, theirs = lockstep.wall(side), lockstep.wall(0)
             ratio = statistics.paired_ratio(ours, theirs, generator=np.random.default_rng(seed))
             found.append(
-                _ratio(ratio, target, n=ours.size, details=lockstep.conditions() | {"in_turn_with": len(paths)})
+                _ratio(ratio, lockstep, n=ours.size, details=lockstep.conditions() | {"in_turn_with": len(paths)})
             )
         return tuple(found)
 
 
-def _ratio(ratio: Interval, target: Target, **fields: Any) -> Measurement:
+def _ratio(ratio: Interval, lockstep: _Lockstep, **fields: Any) -> Measurement:
     return Measurement(
         metric="latency_ratio",
         value=ratio.value,
@@ -157,8 +157,8 @@ def _ratio(ratio: Interval, target: Target, **fields: Any) -> Measurement:
         low=ratio.low,
         high=ratio.high,
         statistic="median of paired rounds",
-        target=str(target),
-        environment=environment.describe(),
+        target=str(lockstep.target),
+        environment=lockstep.environment,
         **fields,
     )
 
@@ -182,7 +182,7 @@ def _alone(lockstep: _Lockstep, side: int, protocol: Protocol, seed: int) -> Mea
         high=p50.high,
         statistic="p50",
         target=str(lockstep.target),
-        environment=environment.describe(),
+        environment=lockstep.environment,
         samples=_raw(wall),
         details=details,
     )
@@ -271,12 +271,14 @@ class _Lockstep:
         self._stack = ExitStack()
 
     def __enter__(self) -> Self:
-        self.target.probe()
-        self._before = _host()
         with ExitStack() as starting:
+            self._device = starting.enter_context(device(self.target))
+            self._before = _host()
             self._workers = [
-                starting.enter_context(Worker(threads=self.target.threads, cpus=self.protocol.cpus)) for _ in self.paths
+                starting.enter_context(Worker(self.target, host=self._device, cpus=self.protocol.cpus))
+                for _ in self.paths
             ]
+            self.environment = self._device.describe() if self._device else environment.describe()
             self._stack = starting.pop_all()
         return self
 
@@ -333,6 +335,8 @@ class _Lockstep:
         for side in self._order.permutation(len(self.paths)):
             worker = self._workers[side]
             worker.open(self.paths[side], batch=self.target.batch, seed=self.seed)
+            if self._device and not self._timings:
+                golden(worker, self.paths[side], seed=self.seed)
             warm = worker.run(self.protocol.warm_up)
             round_ms += min(warm.wall_ms) * (self.protocol.calls + 1)
         if not self.rounds:
@@ -360,7 +364,7 @@ def _compared(lockstep: _Lockstep, protocol: Protocol, seed: int) -> Measurement
         "steady": _steadiness(rounds, protocol, seed),
         "half_width": round(ratio.half_width, 6),
     }
-    return _ratio(ratio, lockstep.target, n=candidate.size, samples=_raw(np.exp(rounds)), details=details)
+    return _ratio(ratio, lockstep, n=candidate.size, samples=_raw(np.exp(rounds)), details=details)
 
 
 def _side(lockstep: _Lockstep, side: int, seed: int) -> dict[str, Any]:

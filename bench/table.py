@@ -21,7 +21,8 @@ from onnx.utils import Extractor
 from torch import Tensor, nn
 
 from slim import environment
-from slim.bench.worker import Worker
+from slim.bench.remote import Host
+from slim.bench.worker import Worker, device
 from slim.contract import Progress, no_progress
 from slim.errors import SlimError
 from slim.export.onnx import quiet, reason, trace
@@ -72,15 +73,15 @@ def layer_table(
     distinct = {key(entry): entry for entry in entries}
     if not distinct:
         return []
-    target.probe()
     with progress("layers", len(distinct) * (ROUNDS + 1)) as advance:
         paths: dict[tuple[str, str], Path] = {}
         for group in _groups([*distinct.values()]):
             for entry, path in zip(group, _export(group, folder, seed), strict=True):
                 paths[key(entry)] = path
             advance(len(group), "exported")
-        timings = _timings([paths[name] for name in distinct], target, seed, lambda: advance(1, "timed"))
-    known = environment.describe()
+        with device(target) as host:
+            timings = _timings([paths[name] for name in distinct], target, host, seed, lambda: advance(1, "timed"))
+            known = host.describe() if host else environment.describe()
     found = {name: _measurement(rounds, name, target, known) for name, rounds in zip(distinct, timings, strict=True)}
     return [found[key(entry)] for entry in entries]
 
@@ -148,11 +149,13 @@ def _filled(layer: nn.Module, generator: torch.Generator) -> nn.Module:
     return filled
 
 
-def _timings(paths: Sequence[Path], target: Target, seed: int, timed: Callable[[], None]) -> NDArray[np.float64]:
+def _timings(
+    paths: Sequence[Path], target: Target, host: Host | None, seed: int, timed: Callable[[], None]
+) -> NDArray[np.float64]:
     """(files, rounds) ms."""
     order = np.random.default_rng(seed)
     timings = np.empty((len(paths), ROUNDS))
-    with Worker(threads=target.threads) as worker:
+    with Worker(target, host=host) as worker:
         for number in range(ROUNDS):
             for index in order.permutation(len(paths)):
                 worker.open(paths[index], batch=target.batch, seed=seed)

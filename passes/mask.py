@@ -9,7 +9,7 @@ smaller: the zeros pay on runtimes with kernels for them, and nowhere else. `uns
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import ClassVar, Literal, Self, cast
 
 from pydantic import Field, JsonValue, model_validator
@@ -20,6 +20,7 @@ from slim.contract import Context, Pass, Plan, Role
 from slim.data import Augment
 from slim.distributed import is_main
 from slim.errors import PassError
+from slim.measurement import Measurement
 from slim.passes import calibrate, calibration
 from slim.passes.calibrate import Layer
 from slim.passes.finetune import label_loss
@@ -60,8 +61,7 @@ class Mask(Training, Augment, Pass):
         looks = {"calib"} if self.criterion == "gram" else set()
         return frozenset(looks | ({"train"} if self.epochs else set()))
 
-    @property
-    def caveat(self) -> str:
+    def caveat(self, figures: Mapping[str, Measurement]) -> str:
         """Where zeros pay, if anywhere."""
         if self.pattern == "2:4":
             return "2:4 zeros pay only on TensorRT and CUDA sparse kernels"

@@ -8,6 +8,7 @@ the commands of these names; what `slim bench` and `slim export` do is in the pa
 from __future__ import annotations
 
 import importlib
+import os
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -28,7 +29,10 @@ if TYPE_CHECKING:
     from slim.store import load as load
     from slim.store import save as save
 
-__version__ = "0.5.0"
+# From 1.29 on ONNX Runtime sends names and digests of models to its maker unless told not to before it is loaded.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
+
+__version__ = "0.6.0"
 
 _PUBLIC = {
     "Artifact": "slim.artifact",

@@ -32,11 +32,12 @@ from slim.console import stdout
 from slim.contract import Fed, Progress, no_progress
 from slim.data import open_data
 from slim.distributed import is_main
-from slim.errors import MissingExtra, SlimError, UsageError, did_you_mean
+from slim.errors import SlimError, UsageError, did_you_mean
 from slim.export.bundle import write_bundle
 from slim.export.onnx import export_onnx, read_ports
 from slim.export.parity import parity
-from slim.export.target import RUNTIMES, Target
+from slim.export.runtime import runtimes
+from slim.export.target import Target
 from slim.measurement import Measurement
 from slim.options import input_of
 from slim.passes import PASSES, resolve
@@ -324,12 +325,7 @@ def doctor(*, as_json: bool) -> None:
     """`slim doctor`: what is here."""
     import torch
 
-    targets = {}
-    for name in RUNTIMES:
-        try:
-            targets[name] = f"ready, {Target.parse(name).probe()}"
-        except MissingExtra as error:
-            targets[name] = f"missing: {error}"
+    targets = {name: str(runtime.probe()) for name, runtime in runtimes().items()}
     cuda = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
     here = {**environment.describe(), "cuda_devices": cuda, "targets": targets}
     if as_json:

@@ -7,7 +7,7 @@ plan, rewrite, fit, verify. Measuring and rolling back belong to the pipeline.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -21,6 +21,7 @@ from slim import environment
 from slim.artifact import Artifact, Backbone, Preprocessing, Step
 from slim.distributed import on_main
 from slim.measurement import Measurement
+from slim.quantization import Method, Quantization
 
 if TYPE_CHECKING:
     from slim.data import Augment, Data
@@ -53,10 +54,12 @@ class Loading:
 
 @dataclass(frozen=True)
 class Fed:
-    """A network that is no artifact, and what it is fed."""
+    """A network that is no artifact, what it is fed, and in how many bits it is served."""
 
     model: nn.Module
     input: Preprocessing
+    quantization: Quantization | None = None
+    """Of its file; none leaves that in 32 bits."""
 
 
 class Meter(Protocol):
@@ -97,6 +100,24 @@ class Meter(Protocol):
 
     def size(self, model: Artifact | Fed) -> Measurement:
         """Bytes of the exported file."""
+
+    def layers(self, model: Fed) -> tuple[str, ...]:
+        """Keys of the layers of the exported graph that can be served in INT8, in its order; see slim/quantization.py.
+
+        A key begins with the name of the module.
+        """
+
+    def calibrate(self, model: Fed, method: Method) -> Quantization:
+        """INT8 of every layer, with the ranges that activations have on the calibration images."""
+
+    def fidelity(self, candidate: Fed, reference: Fed) -> Measurement:
+        """Percent of calibration images that both files put into the same class.
+
+        `details` holds the `cosine` of their logits and `mse`, their mean squared difference.
+        """
+
+    def coverage(self, model: Artifact | Fed) -> Measurement:
+        """Percent of the layers of an INT8 file that are computed in INT8; `details["float"]` names the rest."""
 
     def parity(self, model: Artifact | Fed) -> Measurement:
         """Largest absolute difference between torch and the exported file on real images.
@@ -199,8 +220,7 @@ class Pass(BaseModel):
         """Whether the pass learns from what the network was before its stage, so that a structure has to come first."""
         return False
 
-    @property
-    def caveat(self) -> str:
+    def caveat(self, figures: Mapping[str, Measurement]) -> str:
         """One clause said along when the guard refuses the pass for its speed; empty where there is nothing to add."""
         return ""
 

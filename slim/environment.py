@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import platform
+from collections.abc import Mapping
 from functools import cache
 from importlib import metadata
 from pathlib import Path
@@ -22,6 +23,8 @@ LIBRARIES = (
     "onnxscript",
     "onnxruntime",
     "onnxruntime-gpu",
+    "openvino",
+    "tensorrt-rtx",
     "numpy",
 )
 """Libraries whose version can change a result."""
@@ -41,16 +44,37 @@ def versions() -> dict[str, str]:
 
 @cache
 def device() -> dict[str, Any]:
-    """The processor of this machine: model, architecture, usable cores, instruction sets that change latency."""
-    cpuinfo = _cpuinfo()
-    flags = set(cpuinfo.get("flags", "").split())
+    """The processor of this machine; see `processor`."""
+    path = Path("/proc/cpuinfo")
+    board = Path("/proc/device-tree/model")
+    return processor(
+        cpuinfo=path.read_text() if path.exists() else "",
+        name=platform.processor(),
+        arch=platform.machine(),
+        cores=usable_cores(),
+        system=f"{platform.system()} {platform.release()}",
+        board=board.read_text(errors="replace").strip("\0\n ") if board.exists() else "",
+    )
+
+
+def processor(*, cpuinfo: str, name: str, arch: str, cores: int, system: str, board: str) -> dict[str, Any]:
+    """A processor: model, architecture, usable cores, instruction sets that change latency, and the board it is on.
+
+    cpuinfo: text of /proc/cpuinfo, empty where there is none. board: what the device tree calls it, empty on a PC; all
+    that tells one ARM device from another.
+    """
+    first = cpuinfo.split("\n\n", 1)[0]
+    pairs = (line.split(":", 1) for line in first.splitlines() if ":" in line)
+    known = {key.strip(): value.strip() for key, value in pairs}
+    flags = set(known.get("flags", "").split())
     notable = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_int8", "amx_bf16")
     return {
-        "cpu": cpuinfo.get("model name", platform.processor() or platform.machine()),
-        "arch": platform.machine(),
-        "cores": usable_cores(),
+        "cpu": known.get("model name", name or arch),
+        "arch": arch,
+        "cores": cores,
         "isa": [flag for flag in notable if flag in flags],
-        "os": f"{platform.system()} {platform.release()}",
+        "os": system,
+        **({"board": board} if board else {}),
     }
 
 
@@ -59,10 +83,10 @@ def usable_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def fingerprint() -> str:
-    """Twelve hex digits that are equal on machines whose latencies may be compared."""
-    here = {key: value for key, value in device().items() if key != "os"}
-    return hashlib.sha256(json.dumps(here, sort_keys=True).encode()).hexdigest()[:12]
+def fingerprint(of: Mapping[str, Any] | None = None) -> str:
+    """Twelve hex digits that are equal on machines whose latencies may be compared; of this one where none is given."""
+    counted = {key: value for key, value in (of or device()).items() if key != "os"}
+    return hashlib.sha256(json.dumps(counted, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def describe() -> dict[str, Any]:
@@ -75,12 +99,3 @@ def describe() -> dict[str, Any]:
         "load_average": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
         "governor": governor.read_text().strip() if governor.exists() else None,
     }
-
-
-def _cpuinfo() -> dict[str, str]:
-    path = Path("/proc/cpuinfo")
-    if not path.exists():
-        return {}
-    first = path.read_text().split("\n\n", 1)[0]
-    pairs = (line.split(":", 1) for line in first.splitlines() if ":" in line)
-    return {key.strip(): value.strip() for key, value in pairs}

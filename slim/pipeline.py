@@ -19,6 +19,7 @@ from slim.contract import Context, Pass
 from slim.distributed import on_main
 from slim.errors import DataError, DivergedError, OrderError, PassError, UsageError
 from slim.measurement import Measurement
+from slim.quantization import quantization_of
 from slim.runs import Figures, Record, Run, step_key
 
 Stage = list[tuple[int, Pass]]
@@ -191,8 +192,9 @@ class Pipeline:
             records.append(record)
             if self.guard.on and step.role == "structure" and "latency_ratio" in record.figures:
                 refusal = self.guard.refuses_latency(record.figures["latency_ratio"])
-                if refusal is not None and step.caveat:
-                    refusal = f"{refusal}; {step.caveat}"
+                caveat = step.caveat(record.figures)
+                if refusal is not None and caveat:
+                    refusal = f"{refusal}; {caveat}"
         if self.guard.on and refusal is None and "top1_drop_points" in records[-1].figures:
             refusal = self.guard.refuses_accuracy(records[-1].figures["top1_drop_points"])
         judged = [_judged(record, refusal, self.guard) for record in records]
@@ -276,6 +278,9 @@ def _measure(step: Pass, after: Artifact, reference: Artifact, context: Context,
         return figures
     figures["parity_max_abs"] = verify.ship(after, meter)
     figures["size_bytes"] = meter.size(after)
+    served = quantization_of(after.history)
+    if served is not None and served.precision == "int8":
+        figures["int8_coverage"] = meter.coverage(after)
     if step.role == "structure":
         figures["latency_ratio"] = meter.compare(after, reference, limit=limit)
     figures["latency_p50_ms"] = meter.latency(after)

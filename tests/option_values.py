@@ -110,6 +110,13 @@ VALUES: dict[str, dict[str, Any]] = {
         "repair": "norms",
         "memory_gb": 0.5,
     },
+    "quantize": {
+        "precision": "fp16",
+        "methods": ("entropy", "minmax"),
+        "agreement": 98.0,
+        "most_float": 0.2,
+        "skip": ("stages.0.*",),
+    },
     "subnet": {
         "to": "0.5x-macs",
         "evaluations": 20,

@@ -412,7 +412,7 @@ def test_ctrl_c_at_a_terminal_ends_a_run_and_its_workers(tiny: tuple[str, ...], 
     workers: list[int] = []
 
     def timing(pid: int) -> bool:
-        workers[:] = [child for child in _children(pid) if b"slim.bench.worker" in _words_of(child)]
+        workers[:] = [child for child in _children(pid) if b"export/session.py" in _words_of(child)]
         return bool(workers)
 
     line[line.index("300")] = "1"

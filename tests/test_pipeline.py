@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import ClassVar
@@ -68,10 +69,10 @@ class Dense(Cut):
 
 
 class Zeros(Cut):
-    """A structure with something to say about its speed."""
-
     name: ClassVar[str] = "zeros"
-    caveat: ClassVar[str] = "zeros pay elsewhere"
+
+    def caveat(self, figures: Mapping[str, Measurement]) -> str:
+        return "zeros pay elsewhere"
 
 
 class Int8(Toy):

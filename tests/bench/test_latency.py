@@ -13,15 +13,15 @@ from typing import Any
 
 import numpy as np
 import onnx
-import onnxruntime
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 import slim
-from slim.bench import latency, worker
+from slim.bench import latency
 from slim.bench.latency import Protocol
 from slim.bench.worker import Worker
 from slim.errors import SlimError, UsageError
+from slim.export.session import staged
 from slim.export.target import Target
 from slim.measurement import Measurement
 
@@ -196,7 +196,7 @@ def test_a_missing_file_is_named(tmp_path: Path, file: Path) -> None:
 def test_a_broken_file_is_one_line_with_the_runtimes_words(tmp_path: Path) -> None:
     broken = tmp_path / "broken.onnx"
     broken.write_bytes(b"this is no graph")
-    with pytest.raises(SlimError, match=r"^[^\n]*broken\.onnx: ONNX Runtime cannot open it: [^\n]+$"):
+    with pytest.raises(SlimError, match=r"^[^\n]*broken\.onnx: ort:cpu cannot open it: [^\n]+$"):
         latency.latency(broken, TARGET, seed=0, protocol=SHORT)
 
 
@@ -221,8 +221,8 @@ def test_cores_that_are_not_there_are_refused(file: Path) -> None:
 
 
 def test_inputs_are_seeded_and_take_the_targets_batch(file: Path) -> None:
-    session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
-    first, again, other = (worker._stage(session, batch=3, seed=seed)["x0"] for seed in (1, 1, 2))
+    session = TARGET.on.open(file, threads=1, precision="fp32")
+    first, again, other = (staged(session, batch=3, seed=seed)[0] for seed in (1, 1, 2))
     assert first.shape == (3, 64)
     assert first.dtype == np.float32
     assert (first == again).all()
@@ -231,7 +231,7 @@ def test_inputs_are_seeded_and_take_the_targets_batch(file: Path) -> None:
 
 def test_a_worker_is_told_its_threads_and_to_wait_passively_on_its_cores(file: Path) -> None:
     core = min(os.sched_getaffinity(0))
-    with Worker(threads=2, cpus=[core]) as side:
+    with Worker(TARGET.model_copy(update={"threads": 2}), cpus=[core]) as side:
         side.open(file, batch=1, seed=0)
         told = Path(f"/proc/{side.pid}/environ").read_text().split("\0")
         assert {"OMP_WAIT_POLICY=PASSIVE", "KMP_BLOCKTIME=0", "OMP_NUM_THREADS=2"} <= set(told)
@@ -239,7 +239,7 @@ def test_a_worker_is_told_its_threads_and_to_wait_passively_on_its_cores(file: P
 
 
 def test_a_worker_that_is_killed_is_reported_and_not_waited_for(file: Path) -> None:
-    with Worker(threads=1) as side:
+    with Worker(TARGET) as side:
         side.open(file, batch=1, seed=0)
         os.kill(side.pid, signal.SIGKILL)
         with pytest.raises(SlimError, match=r"network\.onnx: worker ended by signal SIGKILL during 'run'.*memory"):
@@ -261,8 +261,8 @@ def test_interrupted_no_worker_is_left(file: Path, monkeypatch: pytest.MonkeyPat
     pids: list[int] = []
 
     class Recorded(Worker):
-        def __init__(self, **options: Any) -> None:
-            super().__init__(**options)
+        def __init__(self, target: Target, **options: Any) -> None:
+            super().__init__(target, **options)
             pids.append(self.pid)
 
     @contextmanager
@@ -282,8 +282,8 @@ def test_interrupted_no_worker_is_left(file: Path, monkeypatch: pytest.MonkeyPat
 
 def test_a_worker_ends_when_its_parent_is_killed(file: Path) -> None:
     program = (
-        "import sys; from pathlib import Path; from slim.bench.worker import Worker\n"
-        "side = Worker(threads=1); side.open(Path(sys.argv[1]), batch=1, seed=0)\n"
+        "import sys; from pathlib import Path; from slim.bench.worker import Worker, Target\n"
+        "side = Worker(Target.parse('ort')); side.open(Path(sys.argv[1]), batch=1, seed=0)\n"
         "print(side.pid, flush=True); sys.stdin.read()"
     )
     root = str(Path(slim.__file__).parents[1])
@@ -304,7 +304,7 @@ def test_a_worker_ends_when_its_parent_is_killed(file: Path) -> None:
     assert not is_running(pid)
 
 
-def test_a_worker_loads_neither_torch_nor_pydantic(file: Path) -> None:
+def test_timing_loads_no_torch(file: Path) -> None:
     program = "import sys, json, slim.bench.worker; print(json.dumps(sorted(sys.modules)))"
     root = str(Path(slim.__file__).parents[1])
     done = subprocess.run(
@@ -314,7 +314,7 @@ def test_a_worker_loads_neither_torch_nor_pydantic(file: Path) -> None:
         text=True,
         env=os.environ | {"PYTHONPATH": root},
     )
-    assert not {"torch", "timm", "pydantic"} & set(json.loads(done.stdout))
+    assert not {"torch", "timm"} & set(json.loads(done.stdout))
 
 
 def test_files_taken_in_turn_come_back_in_their_order(file: Path, tmp_path: Path) -> None:

@@ -159,7 +159,7 @@ def test_a_network_that_cannot_be_traced_is_named_with_the_reason_in_one_line(tm
 
 
 def test_a_network_that_fixes_its_batch_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(SlimError, match=r"export: Head fixes its batch: 'image' came out as \(2, 3, 16, 24\); reshape"):
+    with pytest.raises(SlimError, match=r"dynamo: it fixes its batch: 'image' came out as \(2, 3, 16, 24\); reshape"):
         export_onnx(Head(lambda fc, image: fc(image.reshape(2, -1))), tmp_path / "model.onnx", SMALL)
     assert os.listdir(tmp_path) == []
 

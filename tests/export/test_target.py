@@ -22,7 +22,17 @@ def test_words_become_a_target(text: str, target: Target) -> None:
     assert Target.parse(text) == target
 
 
-@pytest.mark.parametrize("text", ["ort:cpu", "ort,threads=3", "ort:cpu,batch=16,threads=2"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "ort:cpu",
+        "ort,threads=3",
+        "ort:cpu,batch=16,threads=2",
+        "openvino,precision=bf16",
+        "torch,mode=aoti",
+        "ort@ssh://a",
+    ],
+)
 def test_a_target_written_out_reads_back_equal(text: str) -> None:
     target = Target.parse(text)
     assert Target.parse(str(target)) == target
@@ -30,24 +40,28 @@ def test_a_target_written_out_reads_back_equal(text: str) -> None:
 
 def test_nothing_is_left_unsaid_when_written_out() -> None:
     assert str(Target.parse("ort")) == "ort:cpu,threads=1,batch=1,precision=fp32"
+    assert str(Target.parse("torch")) == "torch:cpu,threads=1,batch=1,precision=fp32,mode=eager"
+    assert str(Target.parse("ort@ssh://me@board")) == "ort:cpu,threads=1,batch=1,precision=fp32@ssh://me@board"
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
         ("ort:gpu", r"target 'ort:gpu': unknown runtime 'ort:gpu'; did you mean 'ort:cpu'\?"),
-        ("tensorrt", r"unknown runtime 'tensorrt'; known: ort:cpu"),
+        ("paddle", r"unknown runtime 'paddle'; known: .*openvino:cpu, ort:cpu"),
         ("", r"target '': unknown runtime ''"),
-        ("ort:cpu@ssh://jetson", r"remote hosts are not supported by this version; run slim on the device"),
+        ("ort:cpu@jetson", r"'jetson' is not ssh://\[user@\]host\[:port\]"),
+        ("ort:cpu,mode=eager", r"mode=eager: ort:cpu has no mode"),
+        ("torch,mode=fast", r"mode=fast: torch:cpu takes eager or compiled or aoti"),
         ("ort:cpu,thread=2", r"unknown option 'thread'; did you mean 'threads'\?"),
-        ("ort:cpu,threads", r"'threads' is not threads=N or batch=N or precision=fp32"),
+        ("ort:cpu,threads", r"'threads' is not threads=N or batch=N or precision=fp32 or mode=compiled"),
         ("ort:cpu, threads=2", r"' threads=2' is not threads=N"),
         ("ort:cpu,", r"'' is not threads=N"),
         ("ort:cpu,threads=2,threads=4", r"'threads' is given twice; keep one"),
         ("ort:cpu,threads=0", r"threads=0: Input should be greater than or equal to 1"),
         ("ort:cpu,threads=many", r"threads=many: Input should be a valid integer"),
         ("ort:cpu,batch=70000", r"batch=70000: Input should be less than or equal to 65536"),
-        ("ort:cpu,precision=int8", r"precision=int8: Input should be 'fp32'"),
+        ("ort:cpu,precision=int8", r"precision=int8: ort:cpu takes fp32$"),
     ],
 )
 def test_words_that_are_no_target_are_a_usage_error_in_one_line(text: str, message: str) -> None:
