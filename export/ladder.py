@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from slim.errors import SlimError
-from slim.surgery import close, in_eval
+from slim.surgery import close, in_eval, swap
 
 SCRIPT_OPSET = 20
 """Newest that the TorchScript exporter writes."""
@@ -49,29 +49,53 @@ def copied(model: nn.Module) -> nn.Module:
 def merged(model: nn.Module, size: tuple[int, ...]) -> tuple[nn.Module, str]:
     """The network with its branches and norms merged by timm, and what became of them; never changed in place.
 
-    `merged`; nothing where there are none; or why they are left: timm cannot, or two images (*size) would get
-    other logits. The network is then the one that was given.
+    `merged`; `merged, but for` blocks where timm cannot, as around a layer that was factored; nothing where there are
+    none; or why all are left: two images (*size) would get other logits. Without any the network is the one given.
     """
-    from timm.utils.model import reparameterize_model
-
-    inner = [module for name, module in model.named_modules() if name]
-    if not any(hasattr(module, method) for module in inner for method in MERGING):
+    if not any(name and _mergeable(module) for name, module in model.named_modules()):
         return model, ""
     device = next((value.device for value in model.parameters()), torch.device("cpu"))
     images = torch.randn(2, *size, generator=torch.Generator().manual_seed(0)).to(device)
     other = copied(model).eval()
-    try:
-        # New layers draw values before they get theirs.
-        with torch.no_grad(), torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-            other = reparameterize_model(other, inplace=True).to(device).eval()
-            if other.state_dict().keys() == model.state_dict().keys():
-                return model, ""
+    # New layers draw values before they get theirs.
+    with torch.no_grad(), torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        left = _merge(other)
+        if other.to(device).eval().state_dict().keys() == model.state_dict().keys():
+            return model, f"timm merges none: {left[0]}" if left else ""
+        try:
             found, expected = (copied(network).eval()(images) for network in (other, model))
-    except Exception as error:  # whatever timm's blocks raise where a layer is not what they made
-        return model, f"timm cannot merge them: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        except Exception as error:  # whatever a network raises that reads what is gone
+            return model, f"merged by timm the network fails: {_line(error)}"
     if not close(found, expected):
         return model, "merged by timm the network computes something else"
-    return other, "merged"
+    return other, f"merged, but for {len(left)}: {left[0]}" if left else "merged"
+
+
+def _merge(model: nn.Module) -> list[str]:
+    """Merge each outermost block that timm can; the others, with what they raise."""
+    from timm.utils.model import reparameterize_model
+
+    done: list[str] = []
+    left = []
+    for name, module in [*model.named_modules()]:
+        if not name or not _mergeable(module) or any(name.startswith(f"{outer}.") for outer in done):
+            continue
+        try:
+            (block,) = reparameterize_model(nn.Sequential(copied(module)), inplace=True)
+        except Exception as error:  # whatever timm's blocks raise where a layer is not what they made
+            left.append(f"{name}: {_line(error)}")
+        else:
+            swap(model, name, block)
+            done.append(name)
+    return left
+
+
+def _mergeable(module: nn.Module) -> bool:
+    return any(hasattr(module, method) for method in MERGING)
+
+
+def _line(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
 
 
 def unfused(model: nn.Module) -> nn.Module | None:

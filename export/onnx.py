@@ -77,8 +77,8 @@ class OnnxFile:
     route: str
     """How it was traced: `dynamo`, `dynamo, attention not fused` or `torchscript`."""
     branches: str
-    """`merged` where timm merged branches and norms of the network before, so that `scopes` names what they became;
-    why they were left where it could not; empty where there are none."""
+    """`merged` where timm merged branches and norms of the network before, so that `scopes` names what they became, or
+    `merged, but for ...`; why they were left, where they were; empty where there are none."""
     parity: Measurement | None
     """Against torch, on the images that were given."""
 

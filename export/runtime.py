@@ -13,7 +13,7 @@ from importlib import metadata, util
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from slim.errors import StoreError, TargetError, UsageError
+from slim.errors import SlimError, StoreError, TargetError, UsageError
 from slim.export.session import Session, open_file
 
 if TYPE_CHECKING:
@@ -103,6 +103,8 @@ class Runtime:
             raise UsageError(f"{path}: no such file; give an exported file")
         try:
             return open_file(self.opener, str(path), threads=threads, precision=precision, mode=mode)
+        except SlimError:
+            raise
         except Exception as error:  # the runtimes' own exceptions share no base class
             reason = " ".join(str(error).split())[:300]
             raise StoreError(f"{path}: {self.name} cannot load it: {reason}; export it again") from error
@@ -201,9 +203,10 @@ def runtimes() -> Mapping[str, Runtime]:
     Raises:
         TargetError: an entry point that is no runtime, or takes a name that is taken.
     """
+    from slim.export.tensorrt_targets import TensorRt, TensorRtRtx
     from slim.export.torch_program import TorchCpu, TorchCuda
 
-    own: tuple[type[Runtime], ...] = (*BUILT_IN, TorchCpu, TorchCuda)
+    own: tuple[type[Runtime], ...] = (*BUILT_IN, TorchCpu, TorchCuda, TensorRt, TensorRtRtx)
     found = {runtime.name: runtime() for runtime in own}
     for entry in metadata.entry_points(group=GROUP):
         place = f"target {entry.name!r} of {entry.dist.name if entry.dist else entry.value}"

@@ -12,7 +12,6 @@ from __future__ import annotations
 import importlib
 import json
 import re
-from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache
@@ -34,11 +33,11 @@ APIS = {
 }
 """Module -> (oldest version with the API used here, how to get it)."""
 
-ERRORS: deque[str] = deque(maxlen=100)
-"""What the library called an error since the last build or session began, oldest first."""
+ERRORS: list[str] = []
+"""What the library called an error since the last build or session began."""
 
 SHOWN = 3
-"""Errors of the parser that are quoted; a graph with one bad operator may hold it a hundred times."""
+"""Errors that are quoted, the first ones: a graph with one bad operator may hold it a hundred times."""
 
 Progress = Callable[[str, int, int], object]
 """Called with the name of a phase of the build, steps done and steps in all; phases are nested. Raising ends the
@@ -129,7 +128,7 @@ def build(
         builder = trt.Builder(logger)
     except TypeError as error:  # what the bindings make of a null pointer
         raise TargetError(
-            f"{api} {trt.__version__}: no builder on this machine: {_last_error()}; build where the engine is served"
+            f"{api} {trt.__version__}: no builder on this machine: {_reasons()}; build where the engine is served"
         ) from error
     # Required before 11, where it is the only kind of network and the flag is ignored.
     network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
@@ -155,7 +154,7 @@ def build(
         raise raised[0]
     if memory is None:
         raise SlimError(
-            f"{model}: {api} {trt.__version__} cannot build it: {_last_error()}; "
+            f"{model}: {api} {trt.__version__} cannot build it: {_reasons()}; "
             "try a smaller batch or more workspace, or serve it with another runtime"
         )
     plan = bytes(memory)
@@ -197,7 +196,7 @@ class Session:
         context = None if engine is None else engine.create_execution_context()
         if context is None:
             raise TargetError(
-                f"{place}: cannot open the plan: {_last_error()}; a plan is for one version and one kind of GPU: "
+                f"{place}: cannot open the plan: {_reasons()}; a plan is for one version and one kind of GPU: "
                 "build it again for these"
             )
         dtypes = {trt.DataType.FLOAT: "float32", trt.DataType.HALF: "float16"}
@@ -234,7 +233,7 @@ class Session:
             if shapes != self._shapes:
                 self._bind(shapes)
             for port, feed in zip(self.inputs, feeds, strict=True):
-                self._memory[port.name].copy_(torch.from_numpy(np.ascontiguousarray(feed)))
+                self._memory[port.name].copy_(torch.from_numpy(np.require(feed, requirements=("C", "W"))))
             if not self._context.execute_async_v3(self._stream.cuda_stream):
                 raise SlimError("plan: the call failed on the GPU; look at its memory and at its driver's log")
             return [self._memory[port.name].to("cpu", copy=True).numpy() for port in self.outputs]  # waits for the call
@@ -386,8 +385,8 @@ def _monitor(trt: Any, progress: Progress, raised: list[BaseException]) -> Any:
     return Monitor()
 
 
-def _last_error() -> str:
-    return ERRORS[-1] if ERRORS else "it gives no reason"
+def _reasons() -> str:
+    return "; ".join(ERRORS[:SHOWN]) or "it gives no reason"
 
 
 def _line(text: object) -> str:

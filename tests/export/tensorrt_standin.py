@@ -199,6 +199,7 @@ def _build(trt: Any, builder: Any, network: Any, config: Any) -> Any:
     if monitor is not None:
         monitor.phase_start("Building", None, 2)
         if not all([monitor.step_complete("Building", step) for step in range(2)]):
+            trt.calls.append(("Builder.cancelled", {}))
             return None
         monitor.phase_finish("Building")
     if "_cache" in config.__dict__:
@@ -272,16 +273,22 @@ def _shape_now(trt: Any, context: Any, name: str) -> tuple[int, ...]:
     return tuple(batch if size == -1 else size for size in fixed)
 
 
+def _set_address(trt: Any, context: Any, name: str, memory: int) -> bool:
+    context._addresses[name] = memory, _shape_now(trt, context, name)
+    return True
+
+
 def _execute(trt: Any, context: Any, stream: int) -> bool:
     """The graph, from and to the addresses given."""
     if trt.__dict__.get("out_of_memory"):
         return False
     arrays = {}
-    for name, address in context._addresses.items():
+    for name, (address, shape) in context._addresses.items():
+        assert shape == _shape_now(trt, context, name), f"{name}: the memory is that of another shape"
         dtype = np.float16 if _dtype(trt, context._engine, name) is trt.DataType.HALF else np.float32
-        count = int(np.prod(_shape_now(trt, context, name)))
+        count = int(np.prod(shape))
         memory = np.ctypeslib.as_array((ctypes.c_uint8 * (count * np.dtype(dtype).itemsize)).from_address(address))
-        arrays[name] = memory.view(dtype).reshape(_shape_now(trt, context, name))
+        arrays[name] = memory.view(dtype).reshape(shape)
     inputs = {value.name: arrays.pop(value.name) for value in context._engine._graph.input}
     for name, result in zip(arrays, context._engine._session.run([*arrays], inputs), strict=True):
         np.copyto(arrays[name], result)
@@ -331,7 +338,7 @@ BEHAVIOUR: dict[str, dict[str, Callable[..., Any]]] = {
     "IExecutionContext": {
         "set_input_shape": _set_input_shape,
         "get_tensor_shape": _shape_now,
-        "set_tensor_address": lambda trt, context, name, memory: context._addresses.update({name: memory}) or True,
+        "set_tensor_address": _set_address,
         "execute_async_v3": _execute,
     },
     "ILogger": {"__init__": lambda trt, logger: None, "log": lambda trt, logger, severity, text: None},

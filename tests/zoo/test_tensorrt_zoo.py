@@ -6,9 +6,9 @@ Takes minutes, so `make test` leaves it out: `make test-zoo`. Nothing is execute
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import pytest
 
@@ -35,19 +35,27 @@ pytestmark = [
 BYTES = {"fp32": 4, "fp16": 2, "int8": 1}
 """Of one weight."""
 
+Exported = Callable[[str], tuple[Artifact, OnnxFile]]
 
-@lru_cache(maxsize=1)
-def exported(family: str) -> tuple[Artifact, OnnxFile, TemporaryDirectory[str]]:
-    """The network, its float file, and the folder that lives as long as they are needed."""
-    kwargs, pixels, _ = FAMILIES[family]
-    given, folder = built(family, kwargs, pixels), TemporaryDirectory()
-    return given, export_onnx(given.model(), Path(folder.name) / "model.onnx", given.backbone.input), folder
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> Exported:
+    """Family -> its network and its float file; only the last is kept."""
+    path = tmp_path_factory.mktemp("onnx") / "model.onnx"
+
+    @lru_cache(maxsize=1)
+    def export(family: str) -> tuple[Artifact, OnnxFile]:
+        kwargs, pixels, _ = FAMILIES[family]
+        given = built(family, kwargs, pixels)
+        return given, export_onnx(given.model(), path, given.backbone.input)
+
+    return export
 
 
 @pytest.mark.parametrize("precision", BYTES)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_family_becomes_a_plan(family: str, precision: str, tmp_path: Path) -> None:
-    given, file, _ = exported(family)
+def test_a_family_becomes_a_plan(family: str, precision: str, exported: Exported, tmp_path: Path) -> None:
+    given, file = exported(family)
     if precision == "fp16":
         file = export_half(given.model(), (), tmp_path / "half.onnx", given.backbone.input)
     elif precision == "int8":
@@ -57,4 +65,3 @@ def test_a_family_becomes_a_plan(family: str, precision: str, tmp_path: Path) ->
     plan = build("tensorrt_rtx", file.path, BuildOptions(batch=(1, 2, 4))).plan
     assert plan[:4] == b"vtrt"
     assert len(plan) > BYTES[precision] * given.costs["params"]
-    print(f"{family} {precision}: {len(plan)} {len(plan) / given.costs['params']:.2f}")
