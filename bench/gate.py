@@ -63,7 +63,7 @@ def shipped(run: Run) -> Path:
         UsageError: the run has no bundle.
         StoreError: the file or its description was changed since.
     """
-    file, manifest = run.bundle / "model.onnx", run.bundle / "bundle.json"
+    file, manifest = run.bundle / "model.onnx", run.bundle / "manifest.json"
     for path in (file, manifest):
         if not path.is_file():
             raise UsageError(f"{path}: is missing; end the chain of `slim run` with export")
@@ -74,8 +74,8 @@ def shipped(run: Run) -> Path:
     found = hashlib.sha256(file.read_bytes()).hexdigest()
     if found != recorded:
         raise StoreError(
-            f"{file}: sha256 {found[:12]} is not {str(recorded)[:12]} of bundle.json; the file was changed after it "
-            "was measured, write the bundle again"
+            f"{file}: sha256 {found[:12]} is not {str(recorded)[:12]} of {manifest.name}; the file was changed after "
+            "it was measured, write the bundle again"
         )
     return file
 

@@ -126,8 +126,7 @@ def first_apart(model: nn.Module, file: OnnxFile, images: Tensor, *, tolerance: 
     """
     few = images[:IMAGES].float().cpu()
     network = copied(model).cpu()
-    if file.branches == "merged":
-        network, _ = merged(network, tuple(few.shape[1:]))
+    network, _ = merged(network, tuple(few.shape[1:]))  # as it was before the trace
     graph = _Graph(file.path, len(few))
     roles = _roles(graph, file.scopes, network, few)
 

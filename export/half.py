@@ -5,7 +5,6 @@ The file takes and gives 32-bit floats. Modules that must not lose bits get thei
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
@@ -15,18 +14,21 @@ import torch
 from torch import Tensor, nn
 
 from slim.artifact import Preprocessing
+from slim.export.ladder import copied, merged
 from slim.export.onnx import OnnxFile, export_onnx
 
 
 def export_half(model: nn.Module, floats: Collection[str], path: Path, preprocessing: Preprocessing) -> OnnxFile:
     """Write `model` to `path` in half precision, but for the modules named in `floats`; see `export_onnx`."""
-    file = export_onnx(in_half(model, floats), path, preprocessing)
+    network, _ = merged(model, preprocessing.size)  # what timm merges it computes in 32 bits
+    modules = dict(network.named_modules())
+    file = export_onnx(in_half(network, [name for name in floats if name in modules]), path, preprocessing)
     return replace(file, scopes={node: _own(scope) for node, scope in file.scopes.items()})
 
 
 def in_half(model: nn.Module, floats: Collection[str]) -> nn.Module:
     """A copy of `model` that computes in half precision on images (B, C, H, W) float32, and gives float32 logits."""
-    half = copy.deepcopy(model).half()
+    half = copied(model).half()
     # Outer modules first: what lies within one that is cast as a whole needs no casts of its own.
     done: list[str] = []
     for name in sorted(floats):

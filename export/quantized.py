@@ -97,6 +97,7 @@ def write(file: OnnxFile, quantization: Quantization, form: Literal["u8", "s8"],
         size_bytes=len(data),
         nodes=len(written.graph.node),
         scopes=_scopes(written.graph, file.scopes),
+        parity=None,  # that of the float file
     )
 
 

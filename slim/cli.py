@@ -317,13 +317,29 @@ def bench(files: tuple[Path, ...], targets: tuple[str, ...], seed: int, as_json:
     "--format", "format_", metavar="FORMAT", default="onnx", show_default=True, help="onnx is the one so far."
 )
 @click.option("--out", metavar="FOLDER", required=True, type=click.Path(path_type=Path), help="Folder of the bundle.")
+@click.option("--uint8-input", is_flag=True, help="Add the file with mean and deviation in the graph: bytes in.")
 @TRUST
 @shared
-def export(folder: Path, format_: str, out: Path, trust: bool, as_json: bool, quiet: bool) -> None:
+def export(folder: Path, **options: Any) -> None:
     """Write the bundle of a run or an artifact."""
     from slim import commands
 
-    commands.export(folder, format_, out, trust=trust, as_json=as_json, quiet=quiet)
+    commands.export(folder, **options)
+
+
+@cli.group("bundle", cls=Suggesting)
+def bundle() -> None:
+    """What is shipped."""
+
+
+@bundle.command("verify")
+@click.argument("folder", metavar="BUNDLE", type=click.Path(path_type=Path))
+@shared
+def verify_bundle(folder: Path, as_json: bool, quiet: bool) -> None:
+    """Whether a bundle is whole, and its files give here what they gave where it was written."""
+    from slim import commands
+
+    sys.exit(commands.verify_bundle(folder, as_json=as_json))
 
 
 @cli.command(epilog=EXIT_CODES)

@@ -6,6 +6,7 @@ The result goes to stdout, as JSON and nothing else with --json; log lines and p
 from __future__ import annotations
 
 import json
+import logging
 import os
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -19,6 +20,7 @@ import click
 from rich.markdown import Markdown
 from rich.markup import escape
 from rich.table import Table
+from torch import Tensor
 
 from slim import console, environment, job, recipe, store
 from slim import family as families
@@ -26,16 +28,18 @@ from slim.artifact import Artifact
 from slim.bench import budget, latency, layers_chart, origin, wording
 from slim.bench import explain as layers_of
 from slim.bench import gate as gates
-from slim.bench.measure import measure_accuracy, noise
+from slim.bench.measure import TargetMeter, measure_accuracy
 from slim.bench.report import to_console
 from slim.console import stdout
 from slim.contract import Fed, Progress, no_progress
 from slim.data import open_data
 from slim.distributed import is_main
-from slim.errors import SlimError, UsageError, did_you_mean
+from slim.errors import DataError, SlimError, UsageError, did_you_mean
 from slim.export.bundle import write_bundle
-from slim.export.onnx import export_onnx, read_ports
-from slim.export.parity import parity
+from slim.export.bundle_verify import as_json as checks_as_json
+from slim.export.bundle_verify import verify
+from slim.export.golden import golden_images
+from slim.export.onnx import read_ports
 from slim.export.runtime import runtimes
 from slim.export.target import Target
 from slim.measurement import Measurement
@@ -45,6 +49,8 @@ from slim.pool import is_list, write_list
 from slim.recipe import Recipe
 from slim.runs import Run
 from slim.served import recipe_of, run_around, served
+
+log = logging.getLogger("slim")
 
 
 def run(given: Recipe, options: Mapping[str, Any]) -> None:
@@ -201,21 +207,35 @@ def bench(paths: Sequence[Path], targets: Sequence[str], *, seed: int, as_json: 
     _print_figures(figures, as_json=as_json)
 
 
-def export(folder: Path, format_: str, out: Path, *, trust: bool, as_json: bool, quiet: bool) -> None:
-    """`slim export`: the bundle of a run or an artifact. Without images at hand, parity is asked on noise."""
+def export(
+    folder: Path, format_: str, out: Path, *, uint8_input: bool, trust: bool, as_json: bool, quiet: bool
+) -> None:
+    """`slim export`: the bundle of a run or an artifact, with the file that the run's target serves."""
     console.show_log(quiet=quiet)
     recipe.parse({"model": "any", "export": {"format": format_}}, place="slim export")
     if out.exists():
         raise UsageError(f"--out {out}: exists; choose another place")
     artifact, found = _artifact(folder, trust=trust)
+    known = recipe_of(found) if found else None
+    target = Target.parse(known.target) if known and known.target else None
+    images = _golden_of(known, artifact) if known else None
     with tempfile.TemporaryDirectory(prefix="slim-") as beside:
-        file = export_onnx(artifact.model(), Path(beside) / "model.onnx", artifact.backbone.input)
+        file = TargetMeter(target or Target.parse("ort:cpu"), None, Path(beside)).export(artifact)
         figures = _measured_before(found)
-        if "parity_max_abs" not in figures:
-            images = noise(artifact.backbone.input)
-            figures["parity_max_abs"] = parity(artifact.model(), file.path, images, target=Target.parse("ort:cpu"))
-        write_bundle(out, artifact, file, figures)
+        write_bundle(out, artifact, file, figures, target=target, images=images, uint8_input=uint8_input)
     click.echo(json.dumps({"bundle": str(out), "sha256": file.sha256}) if as_json else f"Bundle in {out}")
+
+
+def verify_bundle(folder: Path, *, as_json: bool) -> int:
+    """`slim bundle verify`: 1 where anything is wrong, else 0."""
+    checks = verify(folder)
+    if as_json:
+        click.echo(json.dumps(checks_as_json(checks)))
+    for check in () if as_json else checks:
+        _say(check.name, check.said if not check.faults else f"{check.said}; {len(check.faults)} wrong")
+    for fault in (fault for check in checks for fault in check.faults):
+        click.echo(f"Error: {folder}: {' '.join(fault.split())}", err=True)
+    return int(any(check.faults for check in checks))
 
 
 def gate(
@@ -442,6 +462,25 @@ def _artifact(folder: Path, *, trust: bool) -> tuple[Artifact, Run | None]:
     if not found.final.is_dir():
         raise UsageError(f"{folder}: the run is not finished; end it with --resume, or name one of its steps/")
     return found.artifact, found
+
+
+def _golden_of(known: Recipe, artifact: Artifact) -> Tensor | None:
+    """Images of the run, where its data is still at hand."""
+    if (spec := known.data) is None:
+        return None
+    try:
+        data = open_data(
+            spec.source,
+            split=spec.split,
+            calib=spec.calib,
+            seed=known.seed,
+            limit_train=spec.limit.train,
+            limit_val=spec.limit.val,
+        )
+    except DataError as error:
+        log.warning("%s; golden inputs are noise", error)
+        return None
+    return golden_images(data, artifact.backbone.input)
 
 
 def _measured_before(found: Run | None) -> dict[str, Measurement]:

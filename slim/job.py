@@ -27,6 +27,7 @@ from slim.data import open_data
 from slim.distributed import on_main
 from slim.errors import UsageError
 from slim.export.bundle import write_bundle
+from slim.export.golden import golden_images
 from slim.export.onnx import OnnxFile, export_onnx
 from slim.export.target import Target
 from slim.measurement import Measurement
@@ -179,7 +180,9 @@ def _finish(job: Job, run: Run, result: Result, meter: TargetMeter | None, folde
         final |= _against(result, meter)
     store.write_bytes(run.dense, exported(result.dense).path.read_bytes())
     if job.recipe.export:
-        write_bundle(run.bundle, result.artifact, exported(result.artifact), final)
+        images = golden_images(job.start.data, result.artifact.backbone.input)
+        file = exported(result.artifact)
+        write_bundle(run.bundle, result.artifact, file, final, target=job.target, images=images)
     write_report(_report(job, records, result, dense, final), run.root)
 
 

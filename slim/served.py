@@ -39,7 +39,7 @@ class Served:
         from slim.export.onnx import read_ports
 
         known: dict[str, Any] = {}
-        beside = self.path.parent / "bundle.json"
+        beside = self.path.parent / "preprocess.json"
         if self.run:
             is_dense = self.run.dense.exists() and self.path.samefile(self.run.dense)
             known = (self.run.dense_input if is_dense else self.run.artifact.backbone.input).model_dump()
@@ -67,8 +67,10 @@ def served(path: Path, *, trust: bool = False) -> Served:
         if not path.is_file():
             raise UsageError(f"{path}: no such file")
         return Served(path, run_around(path, trust=trust))
-    if (path / "bundle.json").is_file():
+    if (path / "manifest.json").is_file():
         return served(path / "model.onnx", trust=trust)
+    if (path / "bundle.json").is_file():
+        raise StoreError(f"{path}: a bundle of format slim-bundle/1; write it again with `slim export`")
     found = open_run(path, trust=trust)
     file = found.bundle / "model.onnx"
     if not file.is_file():
@@ -89,7 +91,7 @@ def recipe_of(found: Run) -> Recipe:
 
 def _bundled_preprocessing(path: Path) -> dict[str, Any]:
     try:
-        known = json.loads(path.read_bytes())["preprocessing"]
+        known = json.loads(path.read_bytes())
         return {name: known[name] for name in Preprocessing.model_fields}
     except (ValueError, KeyError, TypeError) as error:
-        raise StoreError(f"{path}: is not a bundle's description ({error!r}); write the bundle again") from error
+        raise StoreError(f"{path}: is not a bundle's preprocessing ({error!r}); write the bundle again") from error

@@ -63,10 +63,18 @@ def test_a_run_gives_its_artifact_and_its_report(ran: slim.Run) -> None:
     assert ran.report.final["params"].value < ran.report.dense["params"].value
     assert ran.report.notices == ("latency was not measured: the run had no --target",)
     assert sorted(path.name for path in ran.bundle.iterdir()) == [
-        "README.md",
-        "bundle.json",
+        "MODEL_CARD.md",
+        "bench",
+        "golden.npz",
+        "io.json",
+        "labels.json",
+        "lint.json",
+        "manifest.json",
         "model.onnx",
+        "parity.json",
         "predict.py",
+        "preprocess.json",
+        "scopes.json",
     ]
 
 

@@ -232,11 +232,25 @@ def test_export_of_a_run_carries_its_figures(call: Any, finished: Any, tmp_path:
     root, _ = finished
     said = call("export", root, "--out", tmp_path / "b")
     assert (said.code, said.out) == (0, f"Bundle in {tmp_path / 'b'}\n")
-    ours, theirs = (json.loads((path / "bundle.json").read_text()) for path in (tmp_path / "b", root / "bundle"))
+    ours, theirs = (json.loads((path / "manifest.json").read_text()) for path in (tmp_path / "b", root / "bundle"))
     assert ours == theirs
     again = call("export", root, "--out", tmp_path / "b")
     assert (again.code, again.error) == (2, f"--out {tmp_path / 'b'}: exists; choose another place")
     assert "'onxx' should be 'onnx'" in call("export", root, "--format", "onxx", "--out", tmp_path / "c").error
+
+
+def test_a_bundle_is_whole_and_may_take_bytes(call: Any, finished: Any, tmp_path: Path) -> None:
+    root, _ = finished
+    assert call("bundle", "verify", root / "bundle").code == 0
+    assert call("export", root, "--out", tmp_path / "b", "--uint8-input", "--quiet").code == 0
+    said = call("bundle", "verify", tmp_path / "b")
+    assert (said.code, said.err) == (0, "")
+    assert "2 models on 8 inputs (images)" in said.out
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old" / "bundle.json").write_text('{"format": "slim-bundle/1"}')
+    said = call("eval", tmp_path / "old", "--data", "digits")
+    words = "a bundle of format slim-bundle/1; write it again with `slim export`"
+    assert (said.code, said.error) == (1, f"{tmp_path / 'old'}: {words}")
 
 
 def test_bench_compares_runs_and_plain_files(call: Any, finished: Any) -> None:

@@ -68,8 +68,8 @@ def test_shipped_artifact_is_that_of_the_last_kept_step(finished: tuple[Path, st
     out, _ = finished
     final: Artifact = store.load(out / "final")
     assert final.digest == store.load(out / "steps" / "03-distill").digest
-    bundle = json.loads((out / "bundle" / "bundle.json").read_text())
-    assert [step["name"] for step in bundle["history"]] == ["finetune", "low-rank", "distill"]
+    bundle = json.loads((out / "bundle" / "manifest.json").read_text())
+    assert [step["name"] for step in bundle["source"]["history"]] == ["finetune", "low-rank", "distill"]
 
 
 def test_recipe_file_is_the_demo() -> None:

@@ -142,10 +142,10 @@ def test_a_file_changed_after_it_was_measured_is_refused(copied: Path, budgets: 
     path = budgets("metric: size_bytes, max: 1e9")
     with (copied / "bundle" / "model.onnx").open("ab") as file:
         file.write(b"\0")
-    with pytest.raises(StoreError, match=r"model\.onnx: sha256 \w{12} is not \w{12} of bundle\.json; the file was cha"):
+    with pytest.raises(StoreError, match=r"model\.onnx: sha256 \w{12} is not \w{12} of manifest\.json; the file was"):
         slim.gate(copied, path, stored=stored)
-    (copied / "bundle" / "bundle.json").write_text("{}")
-    with pytest.raises(StoreError, match=r"bundle\.json: names no sha256 of model\.onnx; write the bundle again"):
+    (copied / "bundle" / "manifest.json").write_text("{}")
+    with pytest.raises(StoreError, match=r"manifest\.json: names no sha256 of model\.onnx; write the bundle again"):
         slim.gate(copied, path, stored=stored)
     (copied / "bundle" / "model.onnx").unlink()
     with pytest.raises(UsageError, match=r"model\.onnx: is missing; end the chain of `slim run` with export"):

@@ -324,10 +324,11 @@ def ran(tmp_path_factory: pytest.TempPathFactory) -> slim.Run:
 
 
 def test_a_run_ships_the_new_size_and_says_so(ran: slim.Run, call: Any) -> None:
-    report, bundle = ran.report, json.loads((ran.bundle / "bundle.json").read_bytes())
+    report = ran.report
+    ports, fed = (json.loads((ran.bundle / name).read_bytes()) for name in ("io.json", "preprocess.json"))
     assert [record.outcome for record in report.steps] == ["kept"] * 3
     assert ran.artifact.backbone.input.size == SMALLER
-    assert bundle["input"]["shape"][1:] == bundle["preprocessing"]["size"] == [*SMALLER]
+    assert ports["files"]["model.onnx"]["inputs"][0]["shape"][1:] == fed["size"] == [*SMALLER]
     assert report.dense_input is not None
     assert report.final_input == ran.artifact.backbone.input == report.dense_input.model_copy(update={"size": SMALLER})
     assert report.final["macs"].value < 0.3 * report.dense["macs"].value
