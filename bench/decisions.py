@@ -132,6 +132,14 @@ def _mask(plan: Plan, layer: str) -> Sentence | None:
     return Sentence(f"left, {reason}", False) if reason else None
 
 
+def _qat(plan: Plan, layer: str) -> Sentence | None:
+    for place in _places(layer):
+        if place in plan["layers"]:
+            return Sentence("trained in simulated INT8", True)
+    reason = plan["left"].get(layer)
+    return Sentence(f"left, {reason}", False) if reason else None
+
+
 def _quantize(plan: Plan, layer: str) -> Sentence | None:
     served = plan["quantization"]
     kept = {module_of(key) if served["precision"] == "int8" else key for key in served["floats"]}
@@ -155,6 +163,7 @@ SENTENCES: dict[str, Callable[[Plan, str], Sentence | None]] = {
     "mask": _mask,
     "merge": _merge,
     "prune": _prune,
+    "qat": _qat,
     "quantize": _quantize,
     "sparsify": _sparsify,
     "subnet": _subnet,

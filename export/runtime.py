@@ -69,6 +69,8 @@ class Runtime:
     """How INT8 is written for it; none where it cannot serve it."""
     precisions: ClassVar[tuple[str, ...]] = ("fp32",)
     """Words that `precision=` takes; the first is the default."""
+    builds: ClassVar[bool] = False
+    """Whether it is served engines, built from the files."""
     remote: ClassVar[bool] = True
     """Whether its files can be served on another machine by export/session.py alone."""
     modes: ClassVar[tuple[str, ...]] = ()

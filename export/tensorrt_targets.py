@@ -35,6 +35,7 @@ class TensorRt(Runtime):
     distributions: ClassVar[tuple[str, ...]] = ("tensorrt", "tensorrt-cu12", "tensorrt-cu13")
     remedy = "export here, and build the s8 file on the device, by trtexec or by slim"
     opener = "slim.export.tensorrt_targets:open_tensorrt"
+    builds = True
     remote = False
 
     def probe(self) -> State:

@@ -22,6 +22,7 @@ PASSES: dict[str, tuple[str, str, str]] = {
         "Fold norms, scales and branches into layers; changes no output.",
     ),
     "prune": ("slim.passes.prune", "Prune", "Cut channels, hidden units and attention heads out, for a budget."),
+    "qat": ("slim.passes.qat", "Qat", "Train the network so that INT8 changes less of it."),
     "quantize": ("slim.passes.quantize", "Quantize", "Serve in INT8 or half precision, where that is faster."),
     "sparsify": ("slim.passes.sparsify", "Sparsify", "Train the channels that prune will cut towards zero."),
     "subnet": ("slim.passes.elastic.subnet", "BestSubnet", "Cut the best subnet for a budget out of an elastic one."),

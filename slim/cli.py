@@ -313,18 +313,17 @@ def bench(files: tuple[Path, ...], targets: tuple[str, ...], seed: int, as_json:
 
 @cli.command("export")
 @click.argument("folder", metavar="RUN|ARTIFACT", type=click.Path(path_type=Path))
-@click.option(
-    "--format", "format_", metavar="FORMAT", default="onnx", show_default=True, help="onnx is the one so far."
-)
+@click.option("--format", "format_", metavar="FORMAT", default="onnx", show_default=True, help="onnx so far.")
 @click.option("--out", metavar="FOLDER", required=True, type=click.Path(path_type=Path), help="Folder of the bundle.")
+@click.option("--target", "targets", metavar="TARGET", multiple=True, help="Build its engine too, as tensorrt-rtx.")
 @click.option("--uint8-input", is_flag=True, help="Add the file with mean and deviation in the graph: bytes in.")
 @TRUST
 @shared
 def export(folder: Path, **options: Any) -> None:
     """Write the bundle of a run or an artifact."""
-    from slim import commands
+    from slim import bundles
 
-    commands.export(folder, **options)
+    bundles.export(folder, **options)
 
 
 @cli.group("bundle", cls=Suggesting)
@@ -337,9 +336,9 @@ def bundle() -> None:
 @shared
 def verify_bundle(folder: Path, as_json: bool, quiet: bool) -> None:
     """Whether a bundle is whole, and its files give here what they gave where it was written."""
-    from slim import commands
+    from slim import bundles
 
-    sys.exit(commands.verify_bundle(folder, as_json=as_json))
+    sys.exit(bundles.verify_bundle(folder, as_json=as_json))
 
 
 @cli.command(epilog=EXIT_CODES)

@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import logging
 import os
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
@@ -20,25 +19,19 @@ import click
 from rich.markdown import Markdown
 from rich.markup import escape
 from rich.table import Table
-from torch import Tensor
 
-from slim import console, environment, job, recipe, store
+from slim import console, environment, job, store
 from slim import family as families
-from slim.artifact import Artifact
 from slim.bench import budget, latency, layers_chart, origin, wording
 from slim.bench import explain as layers_of
 from slim.bench import gate as gates
-from slim.bench.measure import TargetMeter, measure_accuracy
+from slim.bench.measure import measure_accuracy
 from slim.bench.report import to_console
 from slim.console import stdout
 from slim.contract import Fed, Progress, no_progress
 from slim.data import open_data
 from slim.distributed import is_main
-from slim.errors import DataError, SlimError, UsageError, did_you_mean
-from slim.export.bundle import write_bundle
-from slim.export.bundle_verify import as_json as checks_as_json
-from slim.export.bundle_verify import verify
-from slim.export.golden import golden_images
+from slim.errors import SlimError, UsageError, did_you_mean
 from slim.export.onnx import read_ports
 from slim.export.runtime import runtimes
 from slim.export.target import Target
@@ -48,7 +41,7 @@ from slim.passes import PASSES, resolve
 from slim.pool import is_list, write_list
 from slim.recipe import Recipe
 from slim.runs import Run
-from slim.served import recipe_of, run_around, served
+from slim.served import artifact_in, recipe_of, run_around, served
 
 log = logging.getLogger("slim")
 
@@ -82,17 +75,17 @@ def dry_run(given: Recipe, *, trust: bool, as_json: bool) -> None:
     size = "x".join(map(str, backbone.input.size))
     images = ", ".join(f"{count} {name}" for name, count in splits.items())
     limits = f"max drop {guard.max_drop:g} points, min gain {guard.min_gain:g} %" if guard.on else "off"
-    _say("model", f"{backbone.name}, {backbone.num_classes} classes{head}, input {size}")
-    _say("data", f"{data.source}: {images}" if data else "none: accuracy will not be measured")
-    _say("target", str(prepared.target or "none: latency will not be measured"))
-    _say("guard", limits)
+    console.tell("model", f"{backbone.name}, {backbone.num_classes} classes{head}, input {size}")
+    console.tell("data", f"{data.source}: {images}" if data else "none: accuracy will not be measured")
+    console.tell("target", str(prepared.target or "none: latency will not be measured"))
+    console.tell("guard", limits)
     for number, stage in enumerate(given.pipeline().stages(), 1):
         for position, step in stage:
             words = _settings(step.model_dump(mode="json", exclude_defaults=True))
-            _say(f"stage {number}", f"{position} {step.name} ({step.role}): {words}")
+            console.tell(f"stage {number}", f"{position} {step.name} ({step.role}): {words}")
             for name, value in prepared.forecasts[position - 1].items():
-                _say("", f"  {_expected(name, value)}")
-    _say("export", given.export.format if given.export else "none")
+                console.tell("", f"  {_expected(name, value)}")
+    console.tell("export", given.export.format if given.export else "none")
     stdout.print("Order and inputs can work; nothing was done.")
 
 
@@ -106,7 +99,7 @@ def _expected(name: str, value: Any) -> str:
 
 def show(folder: Path, *, trust: bool, as_json: bool) -> None:
     """`slim show`: lineage."""
-    artifact, found = _artifact(folder, trust=trust)
+    artifact, found = artifact_in(folder, trust=trust)
     backbone = artifact.backbone
     if as_json:
         history = [step.model_dump(mode="json") for step in artifact.history]
@@ -114,10 +107,10 @@ def show(folder: Path, *, trust: bool, as_json: bool) -> None:
         click.echo(json.dumps({"backbone": built, "digest": artifact.digest, "history": history}))
         return
     arguments = f"({_settings(backbone.kwargs)})" if backbone.kwargs else ""
-    _say("model", f"{backbone.name}{arguments}, {backbone.num_classes} classes")
-    _say("input", _settings(backbone.input.model_dump(mode="json")))
-    _say("traits", ", ".join(sorted(store.traits(artifact))))
-    _say("digest", artifact.digest)
+    console.tell("model", f"{backbone.name}{arguments}, {backbone.num_classes} classes")
+    console.tell("input", _settings(backbone.input.model_dump(mode="json")))
+    console.tell("traits", ", ".join(sorted(store.traits(artifact))))
+    console.tell("digest", artifact.digest)
     table = Table("step", "version", "settings", "seed", "input", "output", box=None, pad_edge=False)
     for number, step in enumerate(artifact.history, 1):
         changed = resolve(step.name)(**step.config).model_dump(mode="json", exclude_defaults=True)
@@ -140,7 +133,7 @@ def explain(folder: Path, out: Path, *, trust: bool, as_json: bool) -> None:
     """`slim explain`: a row and a bar for each layer of the network before compression."""
     if out.suffix != ".svg":
         raise UsageError(f"--out {out}: the picture is an .svg file; name it so")
-    artifact, found = _artifact(folder, trust=trust)
+    artifact, found = artifact_in(folder, trust=trust)
     leading = tuple(takewhile(lambda step: resolve(step.name).role == "repair", artifact.history))
     lies_in = found or run_around(folder, trust=trust)
     before = origin.before_compression(artifact, len(leading), lies_in)
@@ -157,8 +150,8 @@ def explain(folder: Path, out: Path, *, trust: bool, as_json: bool) -> None:
         click.echo(json.dumps({"kernels": kernels, "picture": str(out), "layers": listing}))
         return
     stdout.print(layers_of.to_console(rows))
-    _say("kernels", kernels)
-    _say("picture", str(out))
+    console.tell("kernels", kernels)
+    console.tell("picture", str(out))
 
 
 def evaluate(path: Path, *, as_json: bool, quiet: bool, trust: bool, **options: Any) -> None:
@@ -205,37 +198,6 @@ def bench(paths: Sequence[Path], targets: Sequence[str], *, seed: int, as_json: 
             ours, theirs = (latency.side_figures(ratio, side)["latency_p50_ms"] for side in ("candidate", "reference"))
             figures += [Figure(str(paths[0]), theirs), Figure(str(path), ours), Figure(str(path), ratio, str(paths[0]))]
     _print_figures(figures, as_json=as_json)
-
-
-def export(
-    folder: Path, format_: str, out: Path, *, uint8_input: bool, trust: bool, as_json: bool, quiet: bool
-) -> None:
-    """`slim export`: the bundle of a run or an artifact, with the file that the run's target serves."""
-    console.show_log(quiet=quiet)
-    recipe.parse({"model": "any", "export": {"format": format_}}, place="slim export")
-    if out.exists():
-        raise UsageError(f"--out {out}: exists; choose another place")
-    artifact, found = _artifact(folder, trust=trust)
-    known = recipe_of(found) if found else None
-    target = Target.parse(known.target) if known and known.target else None
-    images = _golden_of(known, artifact) if known else None
-    with tempfile.TemporaryDirectory(prefix="slim-") as beside:
-        file = TargetMeter(target or Target.parse("ort:cpu"), None, Path(beside)).export(artifact)
-        figures = _measured_before(found)
-        write_bundle(out, artifact, file, figures, target=target, images=images, uint8_input=uint8_input)
-    click.echo(json.dumps({"bundle": str(out), "sha256": file.sha256}) if as_json else f"Bundle in {out}")
-
-
-def verify_bundle(folder: Path, *, as_json: bool) -> int:
-    """`slim bundle verify`: 1 where anything is wrong, else 0."""
-    checks = verify(folder)
-    if as_json:
-        click.echo(json.dumps(checks_as_json(checks)))
-    for check in () if as_json else checks:
-        _say(check.name, check.said if not check.faults else f"{check.said}; {len(check.faults)} wrong")
-    for fault in (fault for check in checks for fault in check.faults):
-        click.echo(f"Error: {folder}: {' '.join(fault.split())}", err=True)
-    return int(any(check.faults for check in checks))
 
 
 def gate(
@@ -288,13 +250,13 @@ def select_unlabeled(
         header = found.header.model_dump(mode="json")
         click.echo(json.dumps({"out": str(out), **header, "unreadable": images.unreadable, "short": short}))
         return
-    _say("pool", f"{counts.pool} images, {counts.unreadable} unreadable")
-    _say("removed", f"{counts.near_duplicates} near-duplicates of validation images, {counts.repeated} copies")
-    _say("kept", f"{counts.kept}, at most {rule.per_class} of each of {len(found.kept)} classes")
+    console.tell("pool", f"{counts.pool} images, {counts.unreadable} unreadable")
+    console.tell("removed", f"{counts.near_duplicates} near-duplicates of validation images, {counts.repeated} copies")
+    console.tell("kept", f"{counts.kept}, at most {rule.per_class} of each of {len(found.kept)} classes")
     if short:
         name, count = min(short, key=lambda one: one[1])
-        _say("short", f"{len(short)} classes have fewer, the fewest {name!r} with {count}")
-    _say("list", str(out))
+        console.tell("short", f"{len(short)} classes have fewer, the fewest {name!r} with {count}")
+    console.tell("list", str(out))
 
 
 def build_table(folder: Path, out: Path, *, again: bool, trust: bool, as_json: bool, quiet: bool, **given: Any) -> None:
@@ -312,9 +274,9 @@ def build_table(folder: Path, out: Path, *, again: bool, trust: bool, as_json: b
         click.echo(json.dumps({"table": str(out), "kept": kept, "said": str(model), **model.as_json()}))
         return
     low, high = (f(row.ms for row in model.rows) for f in (min, max))
-    _say("measured", f"{len(model.rows)} subnets on {model.origin.target}, {low:.4g} to {high:.4g} ms")
-    _say("error", str(model))
-    _say("table", f"{out}, finished before and kept; --again measures again" if kept else str(out))
+    console.tell("measured", f"{len(model.rows)} subnets on {model.origin.target}, {low:.4g} to {high:.4g} ms")
+    console.tell("error", str(model))
+    console.tell("table", f"{out}, finished before and kept; --again measures again" if kept else str(out))
 
 
 def family(
@@ -335,9 +297,9 @@ def family(
         click.echo((out / families.MANIFEST).read_text().rstrip())
     elif is_main():
         stdout.print(families.to_console(result.rows))
-        _say("runs", ", ".join(row.folder for row in result.rows if row.folder) or "none")
+        console.tell("runs", ", ".join(row.folder for row in result.rows if row.folder) or "none")
         if result.front is not None:
-            _say("picture", str(out / "front.svg"))
+            console.tell("picture", str(out / "front.svg"))
     return result.exit_code
 
 
@@ -352,12 +314,12 @@ def doctor(*, as_json: bool) -> None:
         click.echo(json.dumps(here))
         return
     device = here["device"]
-    _say("cpu", f"{device['cpu']}, {device['cores']} cores, {' '.join(device['isa'])}")
-    _say("cuda", ", ".join(cuda) or "none")
-    _say("device", f"fingerprint {here['fingerprint']}, load {here['load_average']}")
-    _say("versions", ", ".join(f"{name} {version}" for name, version in here["versions"].items()))
+    console.tell("cpu", f"{device['cpu']}, {device['cores']} cores, {' '.join(device['isa'])}")
+    console.tell("cuda", ", ".join(cuda) or "none")
+    console.tell("device", f"fingerprint {here['fingerprint']}, load {here['load_average']}")
+    console.tell("versions", ", ".join(f"{name} {version}" for name, version in here["versions"].items()))
     for name, state in targets.items():
-        _say(name, state)
+        console.tell(name, state)
 
 
 def passes(card: str | None, *, as_json: bool) -> None:
@@ -368,7 +330,7 @@ def passes(card: str | None, *, as_json: bool) -> None:
             click.echo(json.dumps(listing))
             return
         for name, text in listing.items():
-            _say(name, text)
+            console.tell(name, text)
         return
     if card not in PASSES:
         raise UsageError(f"--card {card}: no such pass{did_you_mean(card, PASSES)}")
@@ -413,9 +375,9 @@ def _print_run(finished: Run, *, as_json: bool) -> None:
         click.echo(report.model_dump_json())
         return
     stdout.print(to_console(report))
-    _say("report", str(finished.root / "report.html"))
+    console.tell("report", str(finished.root / "report.html"))
     if report.file:
-        _say("bundle", str(finished.bundle))
+        console.tell("bundle", str(finished.bundle))
 
 
 def _print_figures(figures: Sequence[Figure], *, as_json: bool) -> None:
@@ -444,48 +406,5 @@ def _verdict(one: Figure) -> str:
     return ": faster" if one.measurement.value < 1 else ": slower"
 
 
-def _say(name: str, text: str) -> None:
-    stdout.print(f"{name:<9} {escape(text)}", soft_wrap=True)
-
-
 def _settings(values: Mapping[str, Any]) -> str:
     return ", ".join(f"{key}={json.dumps(value)}" for key, value in values.items()) or "defaults"
-
-
-def _artifact(folder: Path, *, trust: bool) -> tuple[Artifact, Run | None]:
-    """The artifact in `folder`, or the final one of the run there."""
-    if not folder.is_dir():
-        raise UsageError(f"{folder}: no such folder; give a run or an artifact")
-    if not (folder / "recipe.yaml").is_file():
-        return store.load(folder, trust=trust), None
-    found = Run(folder, trust=trust)
-    if not found.final.is_dir():
-        raise UsageError(f"{folder}: the run is not finished; end it with --resume, or name one of its steps/")
-    return found.artifact, found
-
-
-def _golden_of(known: Recipe, artifact: Artifact) -> Tensor | None:
-    """Images of the run, where its data is still at hand."""
-    if (spec := known.data) is None:
-        return None
-    try:
-        data = open_data(
-            spec.source,
-            split=spec.split,
-            calib=spec.calib,
-            seed=known.seed,
-            limit_train=spec.limit.train,
-            limit_val=spec.limit.val,
-        )
-    except DataError as error:
-        log.warning("%s; golden inputs are noise", error)
-        return None
-    return golden_images(data, artifact.backbone.input)
-
-
-def _measured_before(found: Run | None) -> dict[str, Measurement]:
-    """Figures of the run's report, where the same exporter writes the same file again, to the last byte."""
-    if found is None or not (found.root / "report.json").is_file():
-        return {}
-    same = found.report.environment.get("versions") == environment.versions()
-    return dict(found.report.final) if same else {}

@@ -15,6 +15,7 @@ from contextlib import contextmanager
 
 from rich.console import Console
 from rich.logging import RichHandler
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from slim.contract import Advance
@@ -95,3 +96,8 @@ def _lines(title: str, total: int) -> Iterator[Advance]:
 
     yield advance
     say()
+
+
+def tell(name: str, text: str) -> None:
+    """One line of a result: what it is, and what was found."""
+    stdout.print(f"{name:<9} {escape(text)}", soft_wrap=True)

@@ -10,8 +10,8 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from slim import recipe
-from slim.artifact import Preprocessing
+from slim import recipe, store
+from slim.artifact import Artifact, Preprocessing
 from slim.errors import StoreError, UsageError
 from slim.recipe import Recipe
 from slim.runs import Run, open_run
@@ -95,3 +95,15 @@ def _bundled_preprocessing(path: Path) -> dict[str, Any]:
         return {name: known[name] for name in Preprocessing.model_fields}
     except (ValueError, KeyError, TypeError) as error:
         raise StoreError(f"{path}: is not a bundle's preprocessing ({error!r}); write the bundle again") from error
+
+
+def artifact_in(folder: Path, *, trust: bool) -> tuple[Artifact, Run | None]:
+    """The artifact in `folder`, or the final one of the run there."""
+    if not folder.is_dir():
+        raise UsageError(f"{folder}: no such folder; give a run or an artifact")
+    if not (folder / "recipe.yaml").is_file():
+        return store.load(folder, trust=trust), None
+    found = Run(folder, trust=trust)
+    if not found.final.is_dir():
+        raise UsageError(f"{folder}: the run is not finished; end it with --resume, or name one of its steps/")
+    return found.artifact, found

@@ -110,6 +110,13 @@ VALUES: dict[str, dict[str, Any]] = {
         "repair": "norms",
         "memory_gb": 0.5,
     },
+    "qat": {
+        **{name: value for name, value in TRAINING.items() if name != "freeze_norms"},
+        "freeze_norms": False,
+        "activations": "symmetric",
+        "label_weight": 0.5,
+        "skip": ("stages.0.*",),
+    },
     "quantize": {
         "precision": "fp16",
         "methods": ("entropy", "minmax"),

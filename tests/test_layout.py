@@ -43,7 +43,7 @@ LOOKS_BACK = {
 }
 """Core modules that may import a part, and only inside a function: the part is loaded when it is needed."""
 
-ROADS = {"commands", "family", "job"}
+ROADS = {"bundles", "commands", "family", "job"}
 """Core modules that lead through all the parts and import them as they like; so nothing may import these but..."""
 ENDS = {"cli", "__init__", "__main__", "demo", *ROADS}
 """...the ends of the program."""

@@ -11,9 +11,11 @@ import torch
 
 from slim import costs, store
 from slim.artifact import Artifact, state_digest
+from slim.bench.measure import TargetMeter
 from slim.contract import Context, Loading, Pass, Plan
 from slim.data import Data, open_data
 from slim.errors import OrderError, StoreError
+from slim.export.target import Target
 from slim.passes import PASSES, resolve
 from slim.passes.distill import Distill
 from slim.passes.elastic import BestSubnet, Elastic
@@ -22,6 +24,8 @@ from slim.passes.low_rank import LowRank
 from slim.passes.mask import Mask
 from slim.passes.merge import Merge
 from slim.passes.prune import Prune
+from slim.passes.qat import Qat
+from slim.passes.quantize import Quantize
 from slim.passes.sparsify import Sparsify
 from slim.pipeline import Pipeline
 from tests.contract.zoo import BLIND, CLASSES, SIZE, WIDE, ZOO, artifact
@@ -41,6 +45,8 @@ def small(name: str, network: str) -> Pass:
         "merge": Merge(),
         "prune": Prune(ratio=0.5, align=2, floor=2),
         "prune of targets": Prune(to="sparsified"),
+        "qat": Qat(epochs=1, lr=1e-3, flip=0.0, precision="fp32"),
+        "quantize": Quantize(methods=("minmax",), agreement=0.0),
         "subnet": BestSubnet(to="0.9x-macs", evaluations=2, proposals=20),
         "sparsify": Sparsify(to="0.7x-macs", align=2, floor=2, epochs=1, lr=1e-3, flip=0.0, precision="fp32"),
     }
@@ -54,6 +60,7 @@ CHAINS = [
     ("merge", "low-rank"),
     ("elastic", "subnet", "finetune"),
     ("prune", "mask", "finetune"),
+    ("qat", "quantize"),
     ("sparsify", "prune of targets", "low-rank"),
 ]
 MERGED = ("resnet", "mobilenet", "convnext")
@@ -85,8 +92,10 @@ def test_a_chain_loads_again_bit_exact(
     start = after = artifact(network)
     digest, macs = start.digest, costs.count(start.model(), SIZE)["macs"]
     steps = [small(name, network) for name in chain]
+    meter = TargetMeter(Target.parse("ort:cpu"), data, tmp_path)
     for step in steps:
-        after = step(after, Context(data=data, loading=Loading(batch_size=16), seed=7, reference=start))
+        measured = meter if step.measures else None
+        after = step(after, Context(data=data, meter=measured, loading=Loading(batch_size=16), seed=7, reference=start))
 
     loaded = store.load(store.save(after, tmp_path / "saved"), trust=True)
     assert loaded.digest == after.digest
@@ -99,7 +108,8 @@ def test_a_chain_loads_again_bit_exact(
     assert [entry.digests["input"] for entry in after.history] == [digest, *outputs[:-1]]
     assert outputs[-1] == after.digest
     factored = any(step.name == "low-rank" for step in steps)
-    assert store.traits(loaded) == (frozenset({"float"}) if factored else frozenset({"dense", "float"}))
+    traits = ({"dense"} if not factored else set()) | ({"float"} if chain[-1] != "quantize" else set())
+    assert store.traits(loaded) == traits
     smaller = factored or any(step.name in ("prune", "subnet") for step in steps)
     assert (costs.count(after.model(), SIZE)["macs"] < macs) == smaller
     assert logits(after, images).shape == (4, CLASSES)
