@@ -4,6 +4,9 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+# What the tests run on. `rtx` is TensorRT-RTX, a wheel under NVIDIA's licence: leave it out if you do not accept that,
+# and its tests are skipped with a message.
+EXTRAS ?= cpu,openvino,rtx,dev
 
 .PHONY: demo test test-zoo lint types clean
 
@@ -25,12 +28,13 @@ types: $(READY)
 
 # uv does in seconds what pip does in minutes, but pip is enough.
 $(READY): pyproject.toml setup.py
+	@echo "TensorRT-RTX (extra rtx) comes under NVIDIA's licence; EXTRAS=cpu,openvino,dev leaves it out."
 	@echo "Setting up $(VENV): torch, timm and the rest are about 5 GB, which takes a few minutes, once."
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	if command -v uv >/dev/null; then \
-		uv pip install --python $(BIN)/python --editable '.[cpu,dev]'; \
+		uv pip install --python $(BIN)/python --editable '.[$(EXTRAS)]'; \
 	else \
-		$(BIN)/python -m pip install --disable-pip-version-check --editable '.[cpu,dev]'; \
+		$(BIN)/python -m pip install --disable-pip-version-check --editable '.[$(EXTRAS)]'; \
 	fi
 	touch $(READY)
 

@@ -259,7 +259,14 @@ class TargetMeter:
     def _calibration(self, fed: Preprocessing) -> Iterator[Tensor]:
         if self.data is None or not self.data.has("calib"):
             raise DataError("quantize: there are no calibration images; give --data with a training split")
-        return (images for images, _ in self.data.eval_batches("calib", fed, batch_size=EVAL_BATCH))
+        data = self.data
+        # Kept: every candidate asks for them, and a few hundred take seconds to decode.
+        return iter(
+            self._once(
+                ("calibration", fed.model_dump_json()),
+                lambda: [images for images, _ in data.eval_batches("calib", fed, batch_size=EVAL_BATCH)],
+            )
+        )
 
     def _calibration_logits(self, model: Fed) -> Tensor:
         file, path = self.export(model), self._served(model)

@@ -50,6 +50,10 @@ class Coverage:
     """Node name of each layer that runs in float -> why: it was left so, or the provider has no kernel for it."""
 
 
+U8 = {"QDQKeepRemovableActivations": True}
+"""A layer left in float behind a ReLU would otherwise read what was before it; ONNX Runtime drops it when it loads."""
+
+
 def write(file: OnnxFile, quantization: Quantization, form: Literal["u8", "s8"], path: Path) -> OnnxFile:
     """The float `file` as INT8 at `path`, in `form`: the same bytes each time, and no data needed.
 
@@ -78,7 +82,7 @@ def write(file: OnnxFile, quantization: Quantization, form: Literal["u8", "s8"],
     try:
         with _silent():
             written = _quantize(proto, known, form, chosen=[n for n in names.values() if n not in floats])
-            _restore(written.graph, proto.graph, floats, form)
+            _restore(written.graph, proto.graph, floats)
             onnx.checker.check_model(written, full_check=True)
     except Exception as error:  # the quantizer has no exceptions of its own
         for name, key in tensors.items():
@@ -153,7 +157,7 @@ def _quantize(
     types = {node.op_type for node in model.graph.node}
     floats = [node.name for node in layer_nodes(model.graph) if node.name not in chosen]
     if form == "u8":
-        activations, operators, options = QuantType.QUInt8, {*QDQRegistry, *QLinearOpsRegistry}, {}
+        activations, operators, options = QuantType.QUInt8, {*QDQRegistry, *QLinearOpsRegistry}, U8
         excluded = [*floats, *_residual_stream(model.graph)]
     else:
         activations, operators = QuantType.QInt8, set(LAYERS)
@@ -200,10 +204,11 @@ def _residual_stream(graph: onnx.GraphProto) -> list[str]:
     return sorted(stream)
 
 
-def _restore(written: onnx.GraphProto, original: onnx.GraphProto, floats: set[str], form: str) -> None:
+def _restore(written: onnx.GraphProto, original: onnx.GraphProto, floats: set[str]) -> None:
     """Give layers left in float what they read before; the quantizer hands a tensor's Q and DQ to all who read it.
 
-    In `u8` only the weights: activations are INT8 from operator to operator there, and int32 biases are all but exact.
+    Activations as well: a layer with float weights between a DQ and a Q has them quantised, one scale for all, by ONNX
+    Runtime when it loads the file (WeightBiasQuantization).
     """
     before = {node.name: node.input for node in original.node}
     constants = {value.name: value for value in original.initializer}
@@ -212,8 +217,7 @@ def _restore(written: onnx.GraphProto, original: onnx.GraphProto, floats: set[st
         if node.name not in floats:
             continue
         for index, name in enumerate(before[node.name]):
-            if form == "s8" or name in constants:
-                node.input[index] = name
+            node.input[index] = name
             if name in constants and name not in here:
                 here.add(name)
                 written.initializer.append(constants[name])

@@ -79,7 +79,7 @@ def model_of(tiny: tuple[str, ...]) -> tuple[str, ...]:
             "target 'ort:gpu': unknown runtime 'ort:gpu'; did you mean",
         ),
         ("run TINY --out OUT --target ort,thread=2 finetune", 2, "unknown option 'thread'; did you mean 'threads'?"),
-        ("run TINY --out OUT --target ort@ssh://pi finetune", 2, "remote hosts are not supported by this version"),
+        ("run TINY --out OUT --target ort@pi finetune", 2, "'pi' is not ssh://[user@]host[:port][/path/of/python]"),
         ("run TINY --out OUT --device gpu finetune", 2, "device: 'gpu' should be 'auto', 'cpu' or 'cuda'"),
         ("run TINY --out OUT --data digit finetune", 2, "data 'digit': unknown source 'digit'; did you mean 'digits'?"),
         ("run TINY --out OUT --data folder:/none/here finetune", 2, "there is no '/none/here'; give an existing path"),
@@ -236,7 +236,7 @@ def flip_a_bit(path: Path) -> None:
     [
         ("show", "report.json", "report.json: "),
         ("eval", "bundle/model.onnx", "not a whole ONNX file"),
-        ("bench", "bundle/model.onnx", "model.onnx: ONNX Runtime cannot open it"),
+        ("bench", "bundle/model.onnx", "model.onnx: ort:cpu cannot open it"),
         ("eval", "recipe.yaml", "recipe.yaml: holds str, a recipe is a mapping"),
     ],
 )
