@@ -244,12 +244,17 @@ class TargetMeter:
             details={"cosine": cosine(theirs, ours), "mse": (ours - theirs).double().square().mean().item()},
         )
 
-    def coverage(self, model: Artifact | Fed) -> Measurement:
-        """Percent of the layers of an INT8 file that are computed in INT8; `details["float"]` names the rest."""
-        found = quantized.coverage(self.export(model).path)
+    def coverage(self, model: Artifact | Fed) -> Measurement | None:
+        """Percent of the layers of an INT8 file that are computed in INT8; `details["float"]` names the rest.
+
+        None where the runtime does not tell.
+        """
+        found = self.on.on.coverage(self.export(model).path)
+        if found is None:
+            return None
         return Measurement(
             metric="int8_coverage",
-            value=100 * found.fused / found.of,
+            value=100 * found.fused / found.of if found.of else 0.0,
             unit="percent",
             n=found.of,
             target=self.target,

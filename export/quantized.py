@@ -50,7 +50,7 @@ class Coverage:
     """Node name of each layer that runs in float -> why: it was left so, or the provider has no kernel for it."""
 
 
-U8 = {"QDQKeepRemovableActivations": True}
+U8: dict[str, Any] = {"QDQKeepRemovableActivations": True}
 """A layer left in float behind a ReLU would otherwise read what was before it; ONNX Runtime drops it when it loads."""
 
 

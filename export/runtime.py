@@ -14,13 +14,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from slim.errors import SlimError, StoreError, TargetError, UsageError
-from slim.export.session import Session, open_file
+from slim.export.session import HINTS, Session, open_file
 
 if TYPE_CHECKING:
     from torch import nn
 
     from slim.export.lint import Rule
     from slim.export.onnx import OnnxFile
+    from slim.export.quantized import Coverage
     from slim.export.target import Target
 
 GROUP = "slim.targets"
@@ -94,6 +95,10 @@ class Runtime:
         """
         return file.path
 
+    def coverage(self, path: Path) -> Coverage | None:
+        """How many layers of the INT8 file at `path` it computes in INT8; none where it does not tell."""
+        return None
+
     def open(self, path: Path, *, threads: int, precision: str, mode: str = "") -> Session:
         """The file at `path`, opened in this process.
 
@@ -129,6 +134,12 @@ class OnnxRuntimeCpu(Runtime):
     distributions = ("onnxruntime", "onnxruntime-gpu")
     remedy = "pip install 'slim[cpu]'"
     form = "u8"
+
+    def coverage(self, path: Path) -> Coverage:
+        """By the kernels in the graph as it is after loading."""
+        from slim.export.quantized import coverage
+
+        return coverage(path)
 
     def rules(self) -> tuple[Rule, ...]:
         """See export/lint.py."""
@@ -187,6 +198,21 @@ class OpenVinoCpu(Runtime):
     distributions = ("openvino",)
     remedy = "pip install 'slim[openvino]'"
     precisions = ("fp32", "bf16", "fp16")
+
+    def coverage(self, path: Path) -> Coverage:
+        """By the precision that each layer of the compiled graph says it runs in."""
+        import openvino
+
+        from slim.export.quantized import NOT_FUSED, Coverage
+
+        compiled = openvino.Core().compile_model(str(path), "CPU", {"INFERENCE_PRECISION_HINT": HINTS["fp32"]})
+        layers = {}
+        for operator in compiled.get_runtime_model().get_ordered_ops():
+            notes = operator.get_rt_info()
+            if notes["layerType"].astype(str) in ("Convolution", "FullyConnected"):
+                layers[operator.get_friendly_name()] = notes["runtimePrecision"].astype(str)
+        floats = {name: NOT_FUSED for name, kind in layers.items() if kind not in ("u8", "i8")}
+        return Coverage(len(layers) - len(floats), len(layers), floats)
 
     def rules(self) -> tuple[Rule, ...]:
         """See export/lint.py."""

@@ -116,8 +116,11 @@ class Meter(Protocol):
         `details` holds the `cosine` of their logits and `mse`, their mean squared difference.
         """
 
-    def coverage(self, model: Artifact | Fed) -> Measurement:
-        """Percent of the layers of an INT8 file that are computed in INT8; `details["float"]` names the rest."""
+    def coverage(self, model: Artifact | Fed) -> Measurement | None:
+        """Percent of the layers of an INT8 file that are computed in INT8; `details["float"]` names the rest.
+
+        None where the runtime does not tell.
+        """
 
     def parity(self, model: Artifact | Fed) -> Measurement:
         """Largest absolute difference between torch and the exported file on real images.

@@ -279,8 +279,8 @@ def _measure(step: Pass, after: Artifact, reference: Artifact, context: Context,
     figures["parity_max_abs"] = verify.ship(after, meter)
     figures["size_bytes"] = meter.size(after)
     served = quantization_of(after.history)
-    if served is not None and served.precision == "int8":
-        figures["int8_coverage"] = meter.coverage(after)
+    if served is not None and served.precision == "int8" and (coverage := meter.coverage(after)) is not None:
+        figures["int8_coverage"] = coverage
     if step.role == "structure":
         figures["latency_ratio"] = meter.compare(after, reference, limit=limit)
     figures["latency_p50_ms"] = meter.latency(after)
