@@ -57,3 +57,11 @@ def calls_of(model: nn.Module, names: Iterable[str], size: tuple[int, int, int])
             )
         model(torch.zeros(1, *size))
     return {name: tuple(calls) for name, calls in seen.items()}
+
+
+def is_plain(layer: nn.Module) -> bool:
+    """Whether it is a Linear layer or a convolution that computes with its weight as it is.
+
+    Others standardise their weight, or hand it to another. timm's own is known by name: importing timm takes seconds.
+    """
+    return type(layer) in (nn.Linear, nn.Conv2d) or type(layer).__name__ == "Conv2dSame"

@@ -24,7 +24,7 @@ from slim.measurement import Measurement
 from slim.passes import calibrate, calibration
 from slim.passes.calibrate import Layer
 from slim.passes.finetune import label_loss
-from slim.passes.layers import calls_of, skipped
+from slim.passes.layers import calls_of, is_plain, skipped
 from slim.passes.patterns import GROUP, cheapest, two_of_four
 from slim.training import Training
 
@@ -118,7 +118,7 @@ class Mask(Training, Augment, Pass):
         unwanted = skipped("mask", self.skip, found)
         heads = surgery.classifiers(model)
         owners = Counter(id(value) for _, value in model.named_parameters(remove_duplicate=False))
-        plain = [name for name, layer in found.items() if _is_plain(layer)]
+        plain = [name for name, layer in found.items() if is_plain(layer)]
         # The weights of layers that are not called have no inputs to be seen.
         calls = calls_of(model, plain, context.backbone.input.size) if self.criterion == "gram" else None
         left: dict[str, str] = {}
@@ -147,8 +147,3 @@ class Mask(Training, Augment, Pass):
 
 def _layer(model: nn.Module, name: str) -> Layer:
     return cast(Layer, model.get_submodule(name))
-
-
-def _is_plain(layer: Layer) -> bool:
-    # timm's own, by name: importing timm takes seconds. Others standardise their weight, or hand it to another.
-    return type(layer) in (nn.Linear, nn.Conv2d) or type(layer).__name__ == "Conv2dSame"

@@ -8,7 +8,7 @@ anew, and what is left is a float network like any other. Does not choose what i
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, ClassVar, cast
+from typing import ClassVar, cast
 
 import torch
 from pydantic import Field, JsonValue
@@ -22,7 +22,7 @@ from slim.errors import PassError
 from slim.passes import calibration
 from slim.passes.distill.logits import label_loss, soft_kl
 from slim.passes.fake_quant import Layers, Scheme, ranges_of, simulated
-from slim.passes.layers import calls_of, skipped
+from slim.passes.layers import calls_of, is_plain, skipped
 from slim.training import Training
 
 
@@ -61,7 +61,7 @@ class Qat(Training, Augment, Pass):
         assert context.backbone is not None  # Pass.__call__ set it
         found = {name: one for name, one in model.named_modules() if isinstance(one, nn.Linear | nn.Conv2d)}
         unwanted = skipped(self.name, self.skip, found)
-        plain = [name for name, layer in found.items() if _is_plain(layer)]
+        plain = [name for name, layer in found.items() if is_plain(layer)]
         calls = calls_of(model, plain, context.backbone.input.size)
         # Of a layer that is not called the network reads the weight itself, and its input is not seen.
         layers: dict[str, JsonValue] = {
@@ -127,8 +127,3 @@ class Recovering:
         if self.settings.label_weight:
             losses["label"] = label_loss(ours, batch.target) * self.settings.label_weight
         return losses
-
-
-def _is_plain(layer: Any) -> bool:
-    # timm's own, by name, as importing timm takes seconds. Others standardise their weight, or hand it to another.
-    return type(layer) in (nn.Linear, nn.Conv2d) or type(layer).__name__ == "Conv2dSame"
