@@ -10,7 +10,7 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from benchmarks import elastic_tables, low_rank_tables, prune_tables
+from benchmarks import elastic_tables, low_rank_tables, prune_tables, quantize_tables
 
 RESULTS = Path(__file__).parent / "results"
 PAGE = Path(__file__).parents[1] / "docs" / "results.md"
@@ -277,6 +277,7 @@ def page() -> str:
         "\n\n".join(
             [
                 head,
+                quantize_tables.section(),
                 elastic_tables.section(),
                 prune_tables.section(),
                 low_rank_tables.section(),
